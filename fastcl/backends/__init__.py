@@ -1,0 +1,43 @@
+"""The ways to compute a plan, all behind one interface.
+
+May import :mod:`fastcl.terms` only. Adding a backend means adding a module that satisfies :class:`Backend` and naming
+it in ``BACKENDS``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from fastcl.terms import Operands, Plan, Products, Statistics
+
+
+class Backend(Protocol):
+    """What a module of this package provides."""
+
+    def unavailable(self) -> str | None:
+        """Why this backend can't run in this process at all, or None where it can."""
+
+    def supports(self, plan: Plan, operands: Operands) -> str | None:
+        """Why this backend can't compute this call, or None where it can."""
+
+    def statistics(self, plan: Plan, operands: Operands) -> Statistics:
+        """All terms of the plan, from one sweep over S."""
+
+    def gradient(
+        self,
+        plan: Plan,
+        operands: Operands,
+        statistics: Statistics,
+        incoming: Statistics,
+        needs_a: bool,
+        needs_b: bool,
+    ) -> Products:
+        """The products of the gradient matrix W, recomputed tile by tile.
+
+        ``incoming`` holds the loss's gradient with respect to each statistic, in the shapes of ``statistics``.
+        """
+
+
+__all__ = ["Backend", "Operands", "Plan", "Products", "Statistics", "Tensor"]

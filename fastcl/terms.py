@@ -1,0 +1,163 @@
+"""The vocabulary every loss is written in: which pairs count, how they are reduced, and over what operands.
+
+A leaf module: it imports torch for annotations and dtypes and nothing else of fastcl. A :class:`Plan` is a few
+:class:`Term`\\ s over ``S = scale * A @ B.T``; a backend computes all of a plan's terms in one sweep over tiles of S.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Reduce(enum.Enum):
+    """How the admitted pairs of a row (or column) become one number."""
+
+    LSE = "lse"
+    """log-sum-exp of the logits; -inf where no pair is admitted"""
+    SUM = "sum"
+    """sum of the logits; 0 where no pair is admitted"""
+    MAX = "max"
+    """largest logit, without a gradient; -inf where no pair is admitted"""
+
+
+class Axis(enum.Enum):
+    """Whether a term yields one number for each row of S or for each column."""
+
+    ROW = "row"
+    COLUMN = "column"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """An AND of tests on the pair (i, j): each is absent (None), required (True) or forbidden (False).
+
+    ``self_pair`` tests ``i + row0 == j + col0``; ``target`` tests ``j + col0 == target[i]``.
+    """
+
+    self_pair: bool | None = None
+    target: bool | None = None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a row admits only the few pairs that a test names, instead of all but those."""
+        return bool(self.self_pair or self.target)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reduction of the logits along one axis, over the pairs its mask admits."""
+
+    reduce: Reduce
+    mask: Mask = Mask()
+    axis: Axis = Axis.ROW
+
+
+_TEST_CODES = {None: "*", True: "+", False: "-"}
+_TESTS = {code: test for test, code in _TEST_CODES.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The terms one loss needs; ``symmetric`` means B is A, so that only half of S has to be looked at."""
+
+    terms: tuple[Term, ...]
+    symmetric: bool = False
+
+    @property
+    def rows(self) -> tuple[Term, ...]:
+        """The terms along rows, in the order of the rows of ``Statistics.rows``."""
+        return tuple(term for term in self.terms if term.axis is Axis.ROW)
+
+    @property
+    def columns(self) -> tuple[Term, ...]:
+        """The terms along columns, in the order of the rows of ``Statistics.columns``."""
+        return tuple(term for term in self.terms if term.axis is Axis.COLUMN)
+
+    @property
+    def uses_target(self) -> bool:
+        """Whether any mask of the plan looks at ``target``."""
+        return any(term.mask.target is not None for term in self.terms)
+
+    def encode(self) -> str:
+        """The plan as a string, the form in which it crosses into a torch operator.
+
+        >>> Plan((Term(Reduce.LSE, Mask(self_pair=False)),), symmetric=True).encode()
+        'symmetric lse:row:-*'
+        """
+        terms = (
+            f"{t.reduce.value}:{t.axis.value}:{_TEST_CODES[t.mask.self_pair]}{_TEST_CODES[t.mask.target]}"
+            for t in self.terms
+        )
+        return " ".join(("symmetric" if self.symmetric else "general", *terms))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def decode(text: str) -> Plan:
+        """The inverse of :meth:`encode`."""
+        kind, *codes = text.split(" ")
+        terms = []
+        for code in codes:
+            reduce, axis, tests = code.split(":")
+            terms.append(Term(Reduce(reduce), Mask(*(_TESTS[test] for test in tests)), Axis(axis)))
+        return Plan(tuple(terms), symmetric=kind == "symmetric")
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a plan is computed over: S[i, j] = scale * <a[i], b[j]>, with b = a where ``b`` is None.
+
+    ``a`` is [N, D] and ``b`` [M, D], of one dtype and device; ``scale`` is 0-d in the accumulation dtype; ``target`` is
+    int64 [N] or None. ``norm_bound`` is an upper bound of ``|a[i]| * |b[j]|`` where the caller knows one (1 for unit
+    vectors). ``row0`` and ``col0`` are the global indices of ``a[0]`` and ``b[0]`` when these are shards.
+    """
+
+    a: Tensor
+    b: Tensor | None
+    scale: Tensor
+    target: Tensor | None = None
+    norm_bound: float | None = None
+    row0: int = 0
+    col0: int = 0
+
+    @property
+    def keys(self) -> Tensor:
+        """``b``, or ``a`` where the plan is symmetric."""
+        return self.a if self.b is None else self.b
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, M), the shape of S."""
+        return self.a.shape[0], self.keys.shape[0]
+
+    @property
+    def accumulation_dtype(self) -> torch.dtype:
+        return accumulation_dtype(self.a.dtype)
+
+
+class Statistics(NamedTuple):
+    """What a sweep yields: ``rows`` [len(plan.rows), N] and ``columns`` [len(plan.columns), M]."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+class Products(NamedTuple):
+    """The gradient's two products in the accumulation dtype, None where nobody asked.
+
+    With W[i, j] = sum over terms of (incoming gradient) * (slope of the term at S[i, j]): ``a`` is W @ B [N, D] and
+    ``b`` is W.T @ A [M, D]. A symmetric plan has one operand, so ``a`` is (W + W.T) @ A and ``b`` is None.
+    """
+
+    a: Tensor | None
+    b: Tensor | None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, losses and sums: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
