@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
-
 from fastcl.terms import Operands, Plan, Products, Statistics
 
 
@@ -40,4 +38,3 @@ class Backend(Protocol):
         """
 
 
-__all__ = ["Backend", "Operands", "Plan", "Products", "Statistics", "Tensor"]

@@ -1,0 +1,32 @@
+"""fastcl: contrastive losses whose N x N similarity matrix never exists.
+
+>>> import torch, fastcl
+>>> z1, z2 = torch.randn(2, 8, 16, requires_grad=True)
+>>> fastcl.nt_xent(z1, z2, tau=0.5).shape
+torch.Size([])
+"""
+
+from fastcl import nn
+from fastcl.engine import list_backends
+from fastcl.losses.clip import clip_loss
+from fastcl.losses.common import LossStats
+from fastcl.losses.info_nce import info_nce
+from fastcl.losses.nt_xent import nt_xent
+from fastcl.pairwise import pairwise
+from fastcl.terms import Axis, Mask, Reduce, Term
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Axis",
+    "LossStats",
+    "Mask",
+    "Reduce",
+    "Term",
+    "clip_loss",
+    "info_nce",
+    "list_backends",
+    "nn",
+    "nt_xent",
+    "pairwise",
+]

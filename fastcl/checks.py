@@ -1,0 +1,75 @@
+"""Argument checks with messages that name the argument, its value and what was expected.
+
+A leaf module: it imports torch only. Nothing here reads a tensor's values on a device that would have to be waited for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_matrix(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is a non-empty floating [rows, dim] tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape [rows, dim], got {type(x).__name__}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions [rows, dim], got shape {tuple(x.shape)}")
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one row and one column, got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+
+
+def check_pair(name: str, x: Tensor, other_name: str, other: Tensor, *, same_rows: bool) -> None:
+    """Raise unless both are matrices of one dtype, device and dim (and, with ``same_rows``, one number of rows)."""
+    check_matrix(name, x)
+    check_matrix(other_name, other)
+    if same_rows and x.shape != other.shape:
+        raise ValueError(
+            f"{name} and {other_name} must have the same shape, got {tuple(x.shape)} and {tuple(other.shape)}"
+        )
+    if x.shape[1] != other.shape[1]:
+        raise ValueError(
+            f"{name} and {other_name} must have the same dim, got shapes {tuple(x.shape)} and {tuple(other.shape)}"
+        )
+    if x.device != other.device:
+        raise ValueError(f"{name} and {other_name} must be on the same device, got {x.device} and {other.device}")
+    if x.dtype != other.dtype:
+        raise ValueError(f"{name} and {other_name} must have the same dtype, got {x.dtype} and {other.dtype}")
+
+
+def check_target(name: str, target: Tensor, x: Tensor, n_keys: int) -> None:
+    """Raise unless ``target`` holds one index into ``n_keys`` keys for each row of ``x``.
+
+    The upper bound is checked on the CPU only: elsewhere it would cost a synchronisation.
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"{name} must be an integer tensor, got {type(target).__name__}")
+    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype is torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {target.dtype}")
+    if target.shape != x.shape[:1]:
+        raise ValueError(f"{name} must have shape ({x.shape[0]},), one index for each row, got {tuple(target.shape)}")
+    if target.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like the features, got {target.device}")
+    if target.device.type == "cpu" and not torch.compiler.is_compiling() and int(target.max()) >= n_keys:
+        raise ValueError(f"{name} must hold indices below {n_keys}, got {int(target.max())}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_scalar(name: str, value: float | Tensor, *, positive: bool, hint: str = "") -> None:
+    """Raise unless ``value`` is a float or a 0-d floating tensor; a float must be positive where ``positive`` says so."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a float or a 0-d tensor, got shape {tuple(value.shape)}{hint}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a float or a 0-d floating-point tensor, got {value.dtype}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
+    elif positive and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")

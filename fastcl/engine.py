@@ -1,0 +1,137 @@
+"""Selects a backend and runs a plan on it: raw statistics and raw gradients, below autograd.
+
+May import :mod:`fastcl.terms` and :mod:`fastcl.backends`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcl.backends import Backend, cpu, cuda, dense, tiled, triton
+from fastcl.terms import Operands, Plan, Statistics
+
+logger = logging.getLogger("fastcl")
+
+BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "tiled": tiled, "dense": dense}
+"""Every backend by name, fastest first."""
+
+_AUTOMATIC = ("cuda", "triton", "cpu", "tiled")
+_ENGINE_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
+_SCALE_CHUNK = 1 << 21
+
+_told: set[tuple[str, ...]] = set()
+
+
+class Gradients(NamedTuple):
+    """Gradients in the dtypes of the operands, None where nobody asked."""
+
+    a: Tensor | None
+    b: Tensor | None
+    scale: Tensor | None
+
+
+def list_backends() -> dict[str, str | None]:
+    """Each backend's name with None where it can run in this process, else the reason why not.
+
+    >>> import fastcl
+    >>> fastcl.list_backends()["tiled"] is None
+    True
+    """
+    return {name: backend.unavailable() for name, backend in BACKENDS.items()}
+
+
+def select(plan: Plan, operands: Operands, name: str | None = None) -> str:
+    """The backend that computes this call.
+
+    ``name`` insists on one, and so does the environment variable ``FASTCL_BACKEND``; otherwise the fastest backend that
+    supports the call is taken, which is never `dense`.
+
+    Raises:
+        ValueError: the backend that was asked for doesn't exist or can't compute the call; the message says why.
+    """
+    insisted = name or os.environ.get("FASTCL_BACKEND")
+    if insisted:
+        if insisted not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {insisted!r}")
+        reason = BACKENDS[insisted].supports(plan, operands)
+        if reason is not None:
+            raise ValueError(f"backend {insisted!r} can't compute this call: {reason}")
+        chosen = insisted
+    else:
+        chosen = next(n for n in _AUTOMATIC if BACKENDS[n].supports(plan, operands) is None)
+    _tell(chosen, plan, operands)
+    return chosen
+
+
+def statistics(plan: Plan, operands: Operands, backend: str | None = None) -> Statistics:
+    """All terms of ``plan`` from one sweep over S."""
+    with _plain_arithmetic(operands):
+        return BACKENDS[select(plan, operands, backend)].statistics(plan, operands)
+
+
+def gradient(
+    plan: Plan,
+    operands: Operands,
+    statistics: Statistics,
+    incoming: Statistics,
+    *,
+    needs_a: bool,
+    needs_b: bool,
+    needs_scale: bool,
+    backend: str | None = None,
+) -> Gradients:
+    """The gradients of the loss whose gradients with respect to the statistics are ``incoming``.
+
+    The scale's gradient falls out of either product, so it costs a product only where neither was asked for.
+    """
+    wants_a = needs_a or (needs_scale and not needs_b)
+    with _plain_arithmetic(operands):
+        products = BACKENDS[select(plan, operands, backend)].gradient(
+            plan, operands, statistics, incoming, wants_a, needs_b
+        )
+        grad_scale = None
+        if needs_scale:
+            # S = scale * A @ B.T, so d/dscale is the sum of W * (A @ B.T); the two sides of a symmetric plan count it twice.
+            x, product = (operands.a, products.a) if wants_a else (operands.keys, products.b)
+            grad_scale = _inner_product(x, product) * (0.5 if plan.symmetric else 1.0)
+        return Gradients(
+            products.a.mul_(operands.scale).to(operands.a.dtype) if needs_a else None,
+            products.b.mul_(operands.scale).to(operands.keys.dtype) if needs_b else None,
+            grad_scale,
+        )
+
+
+def _plain_arithmetic(operands: Operands) -> torch.autocast:
+    # An operator's implementation runs inside the caller's autocast region, which would lower its float32 products.
+    return torch.autocast(operands.a.device.type, enabled=False)
+
+
+def _inner_product(x: Tensor, y: Tensor) -> Tensor:
+    rows = max(1, _SCALE_CHUNK // max(1, x.shape[1]))
+    parts = [(p.to(q.dtype) * q).sum() for p, q in zip(x.split(rows), y.split(rows), strict=True)]
+    return torch.stack(parts).sum()
+
+
+def _tell(chosen: str, plan: Plan, operands: Operands) -> None:
+    device = operands.a.device.type
+    choice = (chosen, device, str(operands.a.dtype), plan.encode())
+    if choice in _told:
+        return
+    _told.add(choice)
+    logger.info("backend %s for %s %s tensors, plan: %s", *choice)
+    engine = _ENGINE_OF_DEVICE.get(device)
+    reason = BACKENDS[engine].unavailable() if chosen == "tiled" and engine else None
+    if reason is not None and ("warned", device) not in _told:
+        _told.add(("warned", device))
+        warnings.warn(
+            f"fastcl runs on its plain PyTorch backend, which is slower, because the {engine!r} backend is "
+            f"unavailable: {reason}. `python -m fastcl` says more.",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,112 @@
+"""The CLIP loss, both directions at once. May import the primitive, the vocabulary and :mod:`fastcl.losses.common`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcl.checks import check_choice, check_pair, check_scalar
+from fastcl.losses.common import REDUCTIONS, LossStats, normalize_rows, reduce_loss, softmax_loss, summarize
+from fastcl.pairwise import pairwise
+from fastcl.terms import Axis, Mask, Reduce, Term
+
+_NEGATIVES = Mask(self_pair=False)
+_TERMS = (
+    Term(Reduce.LSE, _NEGATIVES),
+    Term(Reduce.LSE, _NEGATIVES, Axis.COLUMN),
+    Term(Reduce.SUM, Mask(self_pair=True)),
+)
+_HARDEST = (Term(Reduce.MAX, _NEGATIVES), Term(Reduce.MAX, _NEGATIVES, Axis.COLUMN))
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    normalize: bool = False,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""The symmetric cross entropy of matching images and texts.
+
+    With :math:`S_{ij} = \text{scale}\,\langle x_i, y_j\rangle + \text{bias}` over B pairs,
+
+    .. math:: \ell_i = -\tfrac12\left(\log\frac{e^{S_{ii}}}{\sum_j e^{S_{ij}}}
+                                     + \log\frac{e^{S_{ii}}}{\sum_j e^{S_{ji}}}\right)
+
+    The mean equals open_clip's ``ClipLoss`` on one rank: features are expected to be normalised by the model, and
+    ``logit_scale`` is the factor itself, already exponentiated. Hugging Face's ``model.logit_scale`` is its logarithm:
+    pass ``model.logit_scale.exp()``.
+
+    Args:
+        image_features, text_features: [B, D], in one dtype (float64, float32, bfloat16, float16) and on one device.
+        logit_scale: 1 / temperature, a positive float or a 0-d tensor, which may require grad.
+        logit_bias: a float or a 0-d tensor. A softmax is blind to it: it changes neither the loss nor any gradient.
+        normalize: scale each row to unit length first.
+        reduction: "mean", "sum", or "none" for [B].
+        return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
+        backend: insist on one of :func:`fastcl.list_backends`.
+
+    Returns:
+        The loss in float32 (float64 for float64 features). A batch of one pair has no negatives, loss 0 and gradient 0.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it.
+
+    Complexity: 4 * B^2 * D multiply-adds for value and gradients (rows and columns come from one sweep, both gradients
+    from one recomputation), O(B) memory beyond features and gradients.
+
+    Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021 (arXiv:2103.00020).
+
+    >>> import torch, fastcl
+    >>> x = torch.eye(3, 8)
+    >>> round(fastcl.clip_loss(x, x, 1.0).item(), 4)  # log(1 + 2 / e)
+    0.5514
+    """
+    check_scalar("logit_scale", logit_scale, positive=True)
+    if logit_bias is not None:
+        check_scalar("logit_bias", logit_bias, positive=False)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_pair("image_features", image_features, "text_features", text_features, same_rows=True)
+    if normalize:
+        image_features, text_features = normalize_rows(image_features), normalize_rows(text_features)
+    by_row, by_column, positive, *hardest = pairwise(
+        image_features,
+        text_features,
+        _TERMS + _HARDEST if return_stats else _TERMS,
+        logit_scale,
+        logit_bias,
+        norm_bound=1.0 if normalize else None,
+        backend=backend,
+    )
+    loss = 0.5 * (softmax_loss(by_row, positive) + softmax_loss(by_column, positive))
+    loss = reduce_loss(loss, reduction)
+    if not return_stats:
+        return loss
+    if logit_bias is not None:
+        positive, hardest = positive - logit_bias, [negative - logit_bias for negative in hardest]
+    return loss, summarize(positive, hardest, None, logit_scale)
+
+
+def reference(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    normalize: bool = False,
+) -> Tensor:
+    """The textbook formula with the whole similarity matrix: the loss of each pair, [B]."""
+    if normalize:
+        image_features, text_features = (
+            torch.nn.functional.normalize(x, dim=1) for x in (image_features, text_features)
+        )
+    logits = logit_scale * image_features @ text_features.T
+    if logit_bias is not None:
+        logits = logits + logit_bias
+    target = torch.arange(len(logits), device=logits.device)
+    by_row = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    return 0.5 * (by_row + torch.nn.functional.cross_entropy(logits.T, target, reduction="none"))

@@ -1,0 +1,129 @@
+"""InfoNCE, queries against keys. May import the primitive, the vocabulary and :mod:`fastcl.losses.common`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcl.checks import check_choice, check_pair, check_scalar, check_target
+from fastcl.losses.common import (
+    REDUCTIONS,
+    LossStats,
+    inverse,
+    normalize_rows,
+    reduce_loss,
+    softmax_loss,
+    summarize,
+)
+from fastcl.pairwise import pairwise
+from fastcl.terms import Mask, Reduce, Term, accumulation_dtype
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    tau: float | Tensor,
+    *,
+    target: Tensor | None = None,
+    negatives: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""The cross entropy of each query's positive key against all keys.
+
+    With :math:`t(i)` the positive key of query i (i itself without ``target``), and rows of unit length where
+    ``normalize``,
+
+    .. math:: \ell_i = -\log \frac{\exp(\langle q_i, k_{t(i)}\rangle / \tau)}
+                                  {\sum_j \exp(\langle q_i, k_j\rangle / \tau)}
+
+    With explicit ``negatives`` the sum runs over the positive and those negatives only: other queries' keys are not
+    negatives, as in the package info-nce-pytorch. MoCo is ``info_nce(q, k.detach(), tau, negatives=queue)``.
+
+    Args:
+        query: [N, D], float64, float32, bfloat16 or float16.
+        key: [M, D] of the same dtype and device; M must be N unless ``target`` is given.
+        tau: the temperature, a positive float or a 0-d tensor, which may require grad.
+        target: int64 [N], the index of each query's positive key, as in ``cross_entropy``. A negative index marks a query
+            without a positive: its loss is 0, it gets no gradient, and the mean still divides by N.
+        negatives: [K, D], negatives shared by all queries. Excludes ``target``.
+        normalize: scale each row to unit length first.
+        reduction: "mean", "sum", or "none" for [N].
+        return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
+        backend: insist on one of :func:`fastcl.list_backends`.
+
+    Returns:
+        The loss in float32 (float64 for float64 features). A query without negatives has loss 0 and gradient 0.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it.
+
+    Complexity: 4 * N * M * D multiply-adds for value and gradients, O(N + M) memory beyond features and gradients.
+
+    Source: van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018 (arXiv:1807.03748).
+
+    >>> import torch, fastcl
+    >>> q = torch.eye(3, 8)
+    >>> round(fastcl.info_nce(q, q, 1.0).item(), 4)  # log(1 + 2 / e)
+    0.5514
+    >>> round(fastcl.info_nce(q, q, 1.0, negatives=-q).item(), 4)  # log(1 + 2 / e + 1 / e^2)
+    0.6265
+    """
+    hint = "; pass negatives with negatives=..." if isinstance(tau, Tensor) and tau.dim() == 2 else ""
+    check_scalar("tau", tau, positive=True, hint=hint)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_pair("query", query, "key", key, same_rows=target is None)
+    if target is not None:
+        check_target("target", target, query, key.shape[0])
+    if negatives is not None:
+        if target is not None:
+            raise ValueError("target and negatives exclude each other: with negatives, query i's positive is key i")
+        check_pair("query", query, "negatives", negatives, same_rows=False)
+    scale = inverse(tau)
+    if normalize:
+        query, key = normalize_rows(query), normalize_rows(key)
+        negatives = None if negatives is None else normalize_rows(negatives)
+    options = {"target": target, "norm_bound": 1.0 if normalize else None, "backend": backend}
+    if negatives is None:
+        test = "self_pair" if target is None else "target"
+        terms = [Term(Reduce.LSE, Mask(**{test: False})), Term(Reduce.SUM, Mask(**{test: True}))]
+        if return_stats:
+            terms.append(Term(Reduce.MAX, Mask(**{test: False})))
+        from_negatives, positive, *hardest = pairwise(query, key, terms, scale, **options)
+    else:
+        terms = [Term(Reduce.LSE), Term(Reduce.MAX)] if return_stats else [Term(Reduce.LSE)]
+        from_negatives, *hardest = pairwise(query, negatives, terms, scale, **options)
+        dtype = accumulation_dtype(query.dtype)
+        positive = (query.to(dtype) * key.to(dtype)).sum(dim=1) * scale
+    loss = softmax_loss(from_negatives, positive)
+    has_positive = None if target is None else target >= 0
+    if has_positive is not None:
+        loss = loss.where(has_positive, loss.new_zeros(()))
+    loss = reduce_loss(loss, reduction)
+    return (loss, summarize(positive, hardest, has_positive, scale)) if return_stats else loss
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    tau: float | Tensor,
+    *,
+    target: Tensor | None = None,
+    negatives: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """The textbook formula with the whole similarity matrix: the loss of each query, [N]."""
+    if normalize:
+        query, key = (torch.nn.functional.normalize(x, dim=1) for x in (query, key))
+        negatives = None if negatives is None else torch.nn.functional.normalize(negatives, dim=1)
+    if negatives is None:
+        logits = query @ key.T / tau
+        target = torch.arange(len(query), device=query.device) if target is None else target
+    else:
+        positive = (query * key).sum(dim=1, keepdim=True)
+        logits = torch.cat((positive, query @ negatives.T), dim=1) / tau
+        target = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+    target = target.where(target >= 0, torch.full_like(target, -100))
+    return torch.nn.functional.cross_entropy(logits, target, reduction="none", ignore_index=-100)

@@ -1,0 +1,97 @@
+"""NT-Xent, the loss of SimCLR. May import the primitive, the vocabulary and :mod:`fastcl.losses.common`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcl.checks import check_choice, check_pair, check_scalar
+from fastcl.losses.common import (
+    REDUCTIONS,
+    LossStats,
+    inverse,
+    normalize_rows,
+    reduce_loss,
+    softmax_loss,
+    summarize,
+)
+from fastcl.pairwise import pairwise
+from fastcl.terms import Mask, Reduce, Term
+
+_NEGATIVES = Mask(self_pair=False, target=False)
+_TERMS = (Term(Reduce.LSE, _NEGATIVES), Term(Reduce.SUM, Mask(target=True)))
+_HARDEST = Term(Reduce.MAX, _NEGATIVES)
+
+
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    tau: float | Tensor,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    r"""The normalised temperature-scaled cross entropy of two views of a batch.
+
+    With :math:`z = [z_1; z_2]` of 2B rows (scaled to unit length where ``normalize``) and :math:`p(i)` the row of the
+    other view of the same example,
+
+    .. math:: \ell_i = -\log \frac{\exp(\langle z_i, z_{p(i)}\rangle / \tau)}
+                                  {\sum_{j \ne i} \exp(\langle z_i, z_j\rangle / \tau)}
+
+    The mean over all 2B rows equals lightly's ``NTXentLoss`` and pytorch-metric-learning's
+    ``SelfSupervisedLoss(NTXentLoss)``; SimCLR's original code reports twice that.
+
+    Args:
+        z1, z2: the views [B, D], in one dtype (float64, float32, bfloat16, float16) and on one device.
+        tau: the temperature, a positive float or a 0-d tensor, which may require grad.
+        normalize: scale each row to unit length first.
+        reduction: "mean", "sum", or "none" for [2B]: the rows of ``z1``, then those of ``z2``.
+        return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
+        backend: insist on one of :func:`fastcl.list_backends`.
+
+    Returns:
+        The loss in float32 (float64 for float64 features). A batch of one pair has no negatives, loss 0 and gradient 0.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it.
+
+    Complexity: 2 * (2B)^2 * D multiply-adds for value and gradient, O(B) memory beyond features and gradients.
+
+    Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, 2020 (arXiv:2002.05709).
+
+    >>> import torch, fastcl
+    >>> z = torch.eye(4, 8)
+    >>> round(fastcl.nt_xent(z, z, 0.5).item(), 4)  # log(1 + 6 * exp(-2))
+    0.5946
+    """
+    check_scalar("tau", tau, positive=True)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_pair("z1", z1, "z2", z2, same_rows=True)
+    scale, batch = inverse(tau), z1.shape[0]
+    z = torch.cat((normalize_rows(z1), normalize_rows(z2)) if normalize else (z1, z2))
+    partner = torch.arange(2 * batch, device=z.device).roll(batch)
+    negatives, positive, *hardest = pairwise(
+        z,
+        None,
+        (*_TERMS, _HARDEST) if return_stats else _TERMS,
+        scale,
+        target=partner,
+        norm_bound=1.0 if normalize else None,
+        backend=backend,
+    )
+    loss = reduce_loss(softmax_loss(negatives, positive), reduction)
+    return (loss, summarize(positive, hardest, None, scale)) if return_stats else loss
+
+
+def reference(z1: Tensor, z2: Tensor, tau: float | Tensor, *, normalize: bool = True) -> Tensor:
+    """The textbook formula with the whole similarity matrix: the loss of each row, [2B]."""
+    z = torch.cat((z1, z2))
+    if normalize:
+        z = torch.nn.functional.normalize(z, dim=1)
+    batch = z1.shape[0]
+    logits = (z @ z.T / tau).fill_diagonal_(float("-inf"))
+    positive = torch.arange(2 * batch, device=z.device).roll(batch)
+    return torch.nn.functional.cross_entropy(logits, positive, reduction="none")

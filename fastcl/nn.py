@@ -1,0 +1,136 @@
+"""The losses as modules, with the names and arguments that lightly, pytorch-metric-learning and open_clip use.
+
+May import :mod:`fastcl.losses`. A learnable temperature is stored as the logarithm of its inverse, ``logit_scale``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastcl.checks import check_scalar
+from fastcl.losses.clip import clip_loss
+from fastcl.losses.info_nce import info_nce
+from fastcl.losses.nt_xent import nt_xent
+
+
+def _log_scale(temperature: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(-math.log(temperature)))
+
+
+def _bounded_scale(log_scale: Tensor, max_scale: float) -> Tensor:
+    # The bound holds the value but passes the gradient: a plain clamp would freeze a scale that ever exceeded it.
+    scale = log_scale.exp()
+    return scale - (scale - scale.clamp(max=max_scale)).detach()
+
+
+class _TemperatureLoss(nn.Module):
+    """Holds a temperature, fixed or learnable, and the options that every call of the loss takes."""
+
+    def __init__(
+        self,
+        temperature: float,
+        *,
+        learnable: bool = False,
+        max_scale: float = 100.0,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_scalar("temperature", temperature, positive=True)
+        check_scalar("max_scale", max_scale, positive=True)
+        self.max_scale = max_scale
+        self.fixed_temperature = None if learnable else float(temperature)
+        self.logit_scale = _log_scale(temperature) if learnable else None
+        self.options = {"normalize": normalize, "reduction": reduction, "backend": backend}
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """The temperature in use; where it is learnable, a 0-d tensor with its gradient."""
+        if self.logit_scale is None:
+            return self.fixed_temperature
+        return 1.0 / _bounded_scale(self.logit_scale, self.max_scale)
+
+    def extra_repr(self) -> str:
+        learnable = "" if self.logit_scale is None else f", learnable=True, max_scale={self.max_scale}"
+        return f"temperature={float(self.temperature):.4g}{learnable}"
+
+
+class NTXentLoss(_TemperatureLoss):
+    """:func:`fastcl.nt_xent` as a module: ``NTXentLoss(0.5)(z1, z2)``.
+
+    ``learnable=True`` trains the temperature, as the parameter ``logit_scale = log(1 / temperature)``, with 1 /
+    temperature held at or below ``max_scale``.
+
+    >>> import torch, fastcl
+    >>> criterion = fastcl.nn.NTXentLoss(0.5, learnable=True)
+    >>> criterion(torch.eye(4, 8), torch.eye(4, 8)).backward()
+    >>> round(criterion.logit_scale.grad.item(), 3)
+    -0.896
+    """
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return nt_xent(z1, z2, self.temperature, **self.options)
+
+
+class InfoNCELoss(_TemperatureLoss):
+    """:func:`fastcl.info_nce` as a module: ``InfoNCELoss(0.1)(query, key, negatives=queue)``.
+
+    ``learnable`` and ``max_scale`` are as in :class:`NTXentLoss`.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, *, target: Tensor | None = None, negatives: Tensor | None = None
+    ) -> Tensor:
+        return info_nce(query, key, self.temperature, target=target, negatives=negatives, **self.options)
+
+
+class ClipLoss(nn.Module):
+    """:func:`fastcl.clip_loss` as a module, called as open_clip calls its own.
+
+    ``forward(image_features, text_features, logit_scale, logit_bias=None, output_dict=False)``; with ``output_dict`` the
+    result is ``{"contrastive_loss": loss}``. Given a ``temperature``, the module owns a ``logit_scale`` parameter (the
+    logarithm), trains it and needs none in the call.
+
+    >>> import torch, fastcl
+    >>> x = torch.eye(3, 8)
+    >>> round(fastcl.nn.ClipLoss()(x, x, 1.0, output_dict=True)["contrastive_loss"].item(), 4)
+    0.5514
+    """
+
+    def __init__(
+        self,
+        temperature: float | None = None,
+        *,
+        max_scale: float = 100.0,
+        normalize: bool = False,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if temperature is not None:
+            check_scalar("temperature", temperature, positive=True)
+        check_scalar("max_scale", max_scale, positive=True)
+        self.max_scale = max_scale
+        self.logit_scale = None if temperature is None else _log_scale(temperature)
+        self.options = {"normalize": normalize, "reduction": reduction, "backend": backend}
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        if self.logit_scale is not None:
+            if logit_scale is not None:
+                raise ValueError(f"logit_scale must be None where ClipLoss learns its own, got {logit_scale!r}")
+            logit_scale = _bounded_scale(self.logit_scale, self.max_scale)
+        elif logit_scale is None:
+            raise ValueError("logit_scale must be given, or learned by ClipLoss(temperature=...); got None")
+        loss = clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        return {"contrastive_loss": loss} if output_dict else loss

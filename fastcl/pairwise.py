@@ -1,0 +1,256 @@
+"""The public primitive: differentiable row and column statistics of S = scale * A @ B.T + bias.
+
+May import :mod:`fastcl.terms`, :mod:`fastcl.checks` and :mod:`fastcl.engine`. It owns the two torch operators, their
+fakes and their autograd; a loss only combines the vectors that come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastcl import engine
+from fastcl.checks import check_matrix, check_pair, check_scalar, check_target
+from fastcl.terms import Axis, Operands, Plan, Reduce, Statistics, Term, accumulation_dtype
+
+
+def pairwise(
+    a: Tensor,
+    b: Tensor | None,
+    terms: Sequence[Term],
+    scale: float | Tensor = 1.0,
+    bias: float | Tensor | None = None,
+    *,
+    target: Tensor | None = None,
+    norm_bound: float | None = None,
+    row0: int = 0,
+    col0: int = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    r"""Reductions of :math:`S_{ij} = \text{scale}\,\langle a_i, b_j\rangle + \text{bias}`, without ever holding S.
+
+    Every term reduces, for each row i (or column j), the logits that its mask admits; see :class:`fastcl.Term` and
+    :class:`fastcl.Mask`. All terms are computed in one sweep over tiles of S, and the gradient recomputes the tiles.
+    With ``b=None`` S is that of ``a`` with itself: only half of it is computed, and every term must lie along rows.
+
+    Args:
+        a: features [N, D] in float64, float32, bfloat16 or float16, of any strides.
+        b: features [M, D] of the same dtype and device, or None for ``a`` itself.
+        terms: what to compute.
+        scale: a float or a 0-d tensor, which may require grad.
+        bias: a float or a 0-d tensor, which may require grad.
+        target: int64 [N], for masks that test ``target``; an index that names no key matches nothing.
+        norm_bound: an upper bound of ``|a_i| * |b_j|`` if one is known (1 for unit vectors); it saves a look at the norms.
+        row0, col0: global indices of ``a[0]`` and ``b[0]``, which ``self_pair`` and ``target`` refer to.
+        backend: insist on one of :func:`fastcl.list_backends`.
+
+    Returns:
+        One tensor for each term, [N] or [M], in float32 (float64 for float64 features). ``MAX`` carries no gradient.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it.
+        RuntimeError: a second derivative is asked for.
+
+    Complexity: with P = N * M * D multiply-adds, P forward and up to 3 P backward; half of both with ``b=None``. Memory
+    beyond operands and gradients is O(N + M).
+
+    Example: the decoupled contrastive loss (Yeh et al., 2022), negatives only in the denominator.
+
+    >>> import torch
+    >>> from fastcl import Mask, Reduce, Term, pairwise
+    >>> def dcl(z1, z2, tau):
+    ...     z = torch.nn.functional.normalize(torch.cat((z1, z2)), dim=1)
+    ...     partner = torch.arange(len(z)).roll(len(z1))
+    ...     negatives, positive = pairwise(
+    ...         z, None, [Term(Reduce.LSE, Mask(self_pair=False, target=False)), Term(Reduce.SUM, Mask(target=True))],
+    ...         scale=1 / tau, target=partner)
+    ...     return (negatives - positive).mean()
+    >>> z = torch.eye(4, 8)
+    >>> round(dcl(z, z, 1.0).item(), 4)  # log 6 negatives at similarity 0, positive at 1
+    0.7918
+    """
+    plan = Plan(tuple(terms), symmetric=b is None)
+    _check(plan, a, b, scale, bias, target, row0, col0)
+    dtype = accumulation_dtype(a.dtype)
+    a, b = _autocast(a), None if b is None else _autocast(b)
+    if target is not None:
+        target = target.to(torch.int64)
+    rows, columns = torch.ops.fastcl.pairwise_statistics(
+        a, b, _as_tensor(scale, dtype, a.device), target, plan.encode(), norm_bound, row0, col0, backend
+    )
+    values = {Axis.ROW: iter(rows.unbind()), Axis.COLUMN: iter(columns.unbind())}
+    results = []
+    for term in plan.terms:
+        value = next(values[term.axis])
+        if bias is not None:
+            shift = _as_tensor(bias, dtype, a.device)
+            if term.reduce is Reduce.SUM:
+                shift = shift * admitted_count(term, len(a), len(a if b is None else b), target, row0, col0, a.device)
+            value = value + shift
+        results.append(value.detach() if term.reduce is Reduce.MAX else value)
+    return tuple(results)
+
+
+def admitted_count(
+    term: Term, n: int, m: int, target: Tensor | None, row0: int, col0: int, device: torch.device
+) -> Tensor:
+    """How many pairs the term's mask admits in each row (or column) of an N x M matrix; what a SUM takes of a bias."""
+    i = torch.arange(n, device=device)
+    self_column = i + (row0 - col0)
+    target_column = self_column.new_full((n,), -1) if target is None else target - col0
+    has_self = (self_column >= 0) & (self_column < m)
+    has_target = (target_column >= 0) & (target_column < m)
+    has_both = has_self & (self_column == target_column)
+
+    def along(has: Tensor, column: Tensor) -> Tensor:
+        if term.axis is Axis.ROW:
+            return has.long()
+        return has.new_zeros(m, dtype=torch.int64).scatter_add(0, column.clamp(0, m - 1), has.long())
+
+    selves, targets = along(has_self, self_column), along(has_target, target_column)
+    both, everything = along(has_both, self_column), m if term.axis is Axis.ROW else n
+    mask = term.mask
+    # Inclusion and exclusion over the two tests: a test that is absent admits its set and the rest alike.
+    in_self = {None: everything, True: selves, False: everything - selves}[mask.self_pair]
+    if mask.target is None:
+        return in_self if isinstance(in_self, Tensor) else torch.full_like(selves, in_self)
+    in_both = {None: targets, True: both, False: targets - both}[mask.self_pair]
+    return in_both if mask.target else in_self - in_both
+
+
+@torch.library.custom_op("fastcl::pairwise_statistics", mutates_args=())
+def _statistics(
+    a: Tensor,
+    b: Tensor | None,
+    scale: Tensor,
+    target: Tensor | None,
+    plan: str,
+    norm_bound: float | None,
+    row0: int,
+    col0: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    operands = Operands(a, b, scale, target, norm_bound, row0, col0)
+    return tuple(engine.statistics(Plan.decode(plan), operands, backend))
+
+
+@_statistics.register_fake
+def _(a, b, scale, target, plan, norm_bound, row0, col0, backend):
+    decoded, dtype = Plan.decode(plan), accumulation_dtype(a.dtype)
+    n, m = a.shape[0], (a if b is None else b).shape[0]
+    return a.new_empty((len(decoded.rows), n), dtype=dtype), a.new_empty((len(decoded.columns), m), dtype=dtype)
+
+
+@torch.library.custom_op("fastcl::pairwise_gradient", mutates_args=())
+def _gradient(
+    a: Tensor,
+    b: Tensor | None,
+    scale: Tensor,
+    target: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    plan: str,
+    norm_bound: float | None,
+    row0: int,
+    col0: int,
+    needs_a: bool,
+    needs_b: bool,
+    needs_scale: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = engine.gradient(
+        Plan.decode(plan),
+        Operands(a, b, scale, target, norm_bound, row0, col0),
+        Statistics(rows, columns),
+        Statistics(grad_rows, grad_columns),
+        needs_a=needs_a,
+        needs_b=needs_b,
+        needs_scale=needs_scale,
+        backend=backend,
+    )
+    return tuple(scale.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@_gradient.register_fake
+def _(a, b, scale, target, rows, columns, grad_rows, grad_columns, plan, norm_bound, row0, col0, *needs_and_backend):
+    needs_a, needs_b, needs_scale, _ = needs_and_backend
+    nothing = scale.new_empty(0)
+    return (
+        torch.empty_like(a, memory_format=torch.contiguous_format) if needs_a else nothing,
+        torch.empty_like(b, memory_format=torch.contiguous_format) if needs_b else scale.new_empty(0),
+        torch.empty_like(scale) if needs_scale else scale.new_empty(0),
+    )
+
+
+def _save_for_gradient(ctx, inputs, output) -> None:
+    a, b, scale, target, *options = inputs
+    ctx.save_for_backward(a, b, scale, target, *output)
+    ctx.options = options
+
+
+def _backward(ctx, grad_rows: Tensor, grad_columns: Tensor):
+    *operands, rows, columns = ctx.saved_tensors
+    plan, norm_bound, row0, col0, backend = ctx.options
+    needs = ctx.needs_input_grad[:3]
+    gradients = torch.ops.fastcl.pairwise_gradient(
+        *operands, rows, columns, grad_rows, grad_columns, plan, norm_bound, row0, col0, *needs, backend
+    )
+    wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
+    return (*wanted, None, None, None, None, None, None)
+
+
+def _refuse_double_backward(ctx, *grads: Tensor):
+    raise RuntimeError(
+        "fastcl's losses can be differentiated once: their gradient recomputes the logits tile by tile and has no "
+        "derivative of its own. For second derivatives use the dense formula, `reference()` beside each loss."
+    )
+
+
+_statistics.register_autograd(_backward, setup_context=_save_for_gradient)
+_gradient.register_autograd(_refuse_double_backward)
+
+
+def _check(
+    plan: Plan,
+    a: Tensor,
+    b: Tensor | None,
+    scale: float | Tensor,
+    bias: float | Tensor | None,
+    target: Tensor | None,
+    row0: int,
+    col0: int,
+) -> None:
+    if b is None:
+        check_matrix("a", a)
+        if plan.columns:
+            raise ValueError("terms must lie along rows when b is None, since S is symmetric; got a column term")
+        if row0 != col0:
+            raise ValueError(f"row0 and col0 must be equal when b is None, got {row0} and {col0}")
+    else:
+        check_pair("a", a, "b", b, same_rows=False)
+    if not plan.terms:
+        raise ValueError("terms must hold at least one Term, got none")
+    check_scalar("scale", scale, positive=False)
+    if bias is not None:
+        check_scalar("bias", bias, positive=False)
+    if target is not None:
+        check_target("target", target, a, col0 + len(a if b is None else b))
+    elif plan.uses_target:
+        raise ValueError("target must be given, because a term's mask tests it; got None")
+
+
+def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    # As torch.matmul would under autocast: the features only, never the scale, and never float64.
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
