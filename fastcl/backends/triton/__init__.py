@@ -1,0 +1,68 @@
+"""Fused Triton kernels for CUDA devices: a forward that sweeps S once, a backward over bounded panels of W.
+
+May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and the shift rule. Importing this package does not import Triton;
+only a call does. Under ``TRITON_INTERPRET=1`` it also takes CPU tensors, to be tested without a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from fastcl.terms import Operands, Plan, Products, Statistics
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable() -> str | None:
+    if not _is_installed():
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not _is_interpreted():
+        return "there is no CUDA device"
+    return None
+
+
+def supports(plan: Plan, operands: Operands) -> str | None:
+    a = operands.a
+    if not (a.is_cuda or _is_interpreted() and a.device.type == "cpu"):
+        return f"the tensors are on {a.device.type}, not on a CUDA device"
+    if a.dtype not in _DTYPES:
+        return f"{a.dtype} is not one of float32, bfloat16, float16"
+    if plan.symmetric and plan.columns:
+        return "a symmetric plan's columns are its rows; write the term along rows"
+    if plan.symmetric and operands.row0 != operands.col0:
+        return f"a symmetric plan needs row0 == col0, got {operands.row0} and {operands.col0}"
+    if 0 in (*operands.shape, a.shape[1]):
+        return "an operand is empty"
+    return None
+
+
+def statistics(plan: Plan, operands: Operands) -> Statistics:
+    from fastcl.backends.triton import forward
+
+    return forward.statistics(plan, operands)
+
+
+def gradient(
+    plan: Plan,
+    operands: Operands,
+    statistics: Statistics,
+    incoming: Statistics,
+    needs_a: bool,
+    needs_b: bool,
+) -> Products:
+    from fastcl.backends.triton import backward
+
+    return backward.gradient(plan, operands, statistics, incoming, needs_a, needs_b)
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

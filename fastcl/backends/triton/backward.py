@@ -1,0 +1,158 @@
+"""The backward on the host: panels of W from the weights kernel, multiplied by library GEMMs into float32 sums.
+
+A panel is bounded whatever N and M are. Of a symmetric plan only panels on and above the diagonal are formed: W already
+holds both directions, so one panel off the diagonal feeds the rows I as W @ Z_J and the rows J as W.T @ Z_I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastcl import tuning
+from fastcl.backends.triton import launch
+from fastcl.backends.triton.kernels.weights import weights_kernel
+from fastcl.backends.triton.plan import MAX_CODE, Constants, TermCode, constants
+from fastcl.terms import Operands, Plan, Products, Statistics
+
+_PANEL_ROWS = 8192
+_PANEL_MULTIPLE = 128
+_GROUP_M = 8
+
+
+class Panel(NamedTuple):
+    """A block of W; ``mirror`` where it lies on a symmetric plan's diagonal."""
+
+    row_begin: int
+    row_end: int
+    column_begin: int
+    column_end: int
+    mirror: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.row_end - self.row_begin, self.column_end - self.column_begin
+
+
+def gradient(
+    plan: Plan,
+    operands: Operands,
+    statistics: Statistics,
+    incoming: Statistics,
+    needs_a: bool,
+    needs_b: bool,
+) -> Products:
+    if plan.symmetric:
+        needs_b = False
+    if not (needs_a or needs_b):
+        return Products(None, None)
+    codes = constants(plan)
+    x = launch.inputs(operands)
+    n, m, d = x.shape
+    row_statistics, row_incoming = statistics.rows.contiguous(), incoming.rows.contiguous()
+    if plan.symmetric:
+        column_statistics, column_incoming = row_statistics, row_incoming
+    else:
+        column_statistics, column_incoming = statistics.columns.contiguous(), incoming.columns.contiguous()
+    multiplier = _multiplier(codes, row_incoming, column_incoming, x.a.dtype)
+
+    grad_a = torch.zeros(n, d, dtype=torch.float32, device=x.a.device) if needs_a else None
+    grad_b = torch.zeros(m, d, dtype=torch.float32, device=x.a.device) if needs_b else None
+    height, width = _panel_shape(n, m, x.a.element_size())
+    workspace = torch.empty(height * width, dtype=x.a.dtype, device=x.a.device)
+    with launch.on_device(x.a):
+        for panel in _panels(n, m, height, width, plan.symmetric):
+            rows, columns = panel.shape
+            config = launch.configuration("weights", x, rows, columns)
+            weights_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
+                x.a,
+                x.b,
+                x.scale,
+                x.shift,
+                x.target,
+                row_statistics,
+                column_statistics,
+                row_incoming,
+                column_incoming,
+                multiplier,
+                workspace,
+                n,
+                m,
+                d,
+                x.a.stride(0),
+                x.b.stride(0),
+                x.self_offset,
+                x.col0,
+                x.threshold,
+                *panel[:4],
+                MIRROR=panel.mirror,
+                GROUP_M=_GROUP_M,
+                **launch.constant_arguments(codes, x, config),
+            )
+            weights = workspace[: rows * columns].view(rows, columns)
+            of_rows = slice(panel.row_begin, panel.row_end)
+            of_columns = slice(panel.column_begin, panel.column_end)
+            if grad_a is not None:
+                _add_product(grad_a[of_rows], weights, x.b[of_columns])
+            if grad_b is not None:
+                _add_product(grad_b[of_columns], weights.t(), x.a[of_rows])
+            if plan.symmetric and not panel.mirror:
+                _add_product(grad_a[of_columns], weights.t(), x.a[of_rows])
+    return Products(*(_unscaled(grad, multiplier, x.a.dtype) for grad in (grad_a, grad_b)))
+
+
+def _panel_shape(n: int, m: int, element_size: int) -> tuple[int, int]:
+    """A workspace never larger than is needed, and bounded: tall enough first, so that W @ B fills a GPU, then wide."""
+    elements = tuning.workspace_bytes() // element_size
+    height = min(n, _PANEL_ROWS, max(1, int(elements**0.5)))
+    width = min(m, max(1, elements // height))
+    if width < m and width > _PANEL_MULTIPLE:
+        width -= width % _PANEL_MULTIPLE
+    return height, width
+
+
+def _panels(n: int, m: int, height: int, width: int, symmetric: bool) -> Iterator[Panel]:
+    for row_begin in range(0, n, height):
+        row_end = min(row_begin + height, n)
+        first_column = 0
+        if symmetric:
+            yield Panel(row_begin, row_end, row_begin, row_end, mirror=True)
+            first_column = row_end
+        for column_begin in range(first_column, m, width):
+            yield Panel(row_begin, row_end, column_begin, min(column_begin + width, m))
+
+
+def _multiplier(codes: Constants, row_incoming: Tensor, column_incoming: Tensor, dtype: torch.dtype) -> Tensor:
+    """A power of two that lifts W into float16's range: |W| is at most the largest |gradient| of each term, summed.
+
+    Without it nearly all of W, about 1/N each, would be subnormal; with N itself a loss scaled by GradScaler overflows.
+    """
+    one = torch.ones((), dtype=torch.float32, device=row_incoming.device)
+    if dtype is not torch.float16:
+        return one
+    bound = _largest_sum(codes.row_terms, row_incoming) + _largest_sum(codes.column_terms, column_incoming)
+    multiplier = torch.exp2(14.0 - torch.ceil(torch.log2(bound)).clamp(-100.0, 100.0))
+    return torch.where(torch.isfinite(bound) & (bound > 0), multiplier, one)
+
+
+def _largest_sum(terms: tuple[TermCode, ...], incoming: Tensor) -> Tensor:
+    counts = [t for t, (reduce, _, _) in enumerate(terms) if reduce != MAX_CODE]
+    return incoming[counts].abs().amax(dim=1).sum()
+
+
+def _unscaled(grad: Tensor | None, multiplier: Tensor, dtype: torch.dtype) -> Tensor | None:
+    return grad.div_(multiplier) if grad is not None and dtype is torch.float16 else grad
+
+
+def _add_product(accumulator: Tensor, weights: Tensor, vectors: Tensor) -> None:
+    if accumulator.is_cuda and weights.dtype is not torch.float32 and _HAS_OUT_DTYPE:
+        torch.addmm(accumulator, weights, vectors, out_dtype=torch.float32, out=accumulator)
+    else:
+        accumulator.addmm_(weights.float(), vectors.float())
+
+
+_HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.addmm.overloads()

@@ -1,0 +1,106 @@
+"""The forward on the host: one sweep, its partial results combined, flagged log-sum-exps redone."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from fastcl.backends.triton import launch
+from fastcl.backends.triton.kernels.combine import combine_kernel
+from fastcl.backends.triton.kernels.redo import redo_kernel
+from fastcl.backends.triton.kernels.sweep import sweep_kernel
+from fastcl.backends.triton.plan import LSE_CODE, MAX_CODE, TermCode, constants
+from fastcl.terms import Operands, Plan, Statistics
+
+_MOST_SUPER_TILES = 32
+_COMBINE_BLOCK = 256
+
+
+def statistics(plan: Plan, operands: Operands) -> Statistics:
+    codes = constants(plan)
+    x = launch.inputs(operands)
+    n, m, d = x.shape
+    config = launch.configuration("sweep", x, n, m)
+    side = max(config.block_m, config.block_n)
+    super_rows, row_slots = _super_tiles(n, side if plan.symmetric else config.block_m)
+    super_columns, column_slots = _super_tiles(m, side if plan.symmetric else config.block_n)
+    row_partials = _no_partials(codes.row_terms, column_slots, n, x.a)
+    column_partials = row_partials if plan.symmetric else _no_partials(codes.column_terms, row_slots, m, x.a)
+    with launch.on_device(x.a):
+        sweep_kernel[(row_slots, column_slots)](
+            x.a,
+            x.b,
+            x.scale,
+            x.shift,
+            x.target,
+            row_partials,
+            column_partials,
+            n,
+            m,
+            d,
+            x.a.stride(0),
+            x.b.stride(0),
+            x.self_offset,
+            x.col0,
+            super_rows,
+            super_columns,
+            **launch.constant_arguments(codes, x, config),
+        )
+        rows = _finished(codes.row_terms, row_partials, x, own_is_row=True)
+        if plan.symmetric:
+            return Statistics(rows, rows.new_empty(0, m))
+        return Statistics(rows, _finished(codes.column_terms, column_partials, x, own_is_row=False))
+
+
+def _super_tiles(count: int, multiple: int) -> tuple[int, int]:
+    """The side of a super-tile and how many there are; a function of the shape alone, hence the same bits each time."""
+    tiles = math.ceil(count / multiple)
+    side = math.ceil(tiles / _MOST_SUPER_TILES) * multiple
+    return side, math.ceil(count / side)
+
+
+def _no_partials(terms: tuple[TermCode, ...], slots: int, count: int, like: Tensor) -> Tensor:
+    partials = torch.zeros(len(terms), slots, count, dtype=torch.float32, device=like.device)
+    for partial, (reduce, _, _) in zip(partials, terms, strict=True):
+        if reduce == MAX_CODE:
+            partial.fill_(-math.inf)
+    return partials
+
+
+def _finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, own_is_row: bool) -> Tensor:
+    """The statistics of one axis, [terms, count]."""
+    _, slots, count = partials.shape
+    result = torch.empty(len(terms), count, dtype=torch.float32, device=partials.device)
+    if not terms:
+        return result
+    combine_kernel[(triton.cdiv(count, _COMBINE_BLOCK),)](
+        partials, x.scale, x.shift, result, count, slots, TERMS=terms, BLOCK=_COMBINE_BLOCK
+    )
+    own, other = (x.a, x.b) if own_is_row else (x.b, x.a)
+    config = launch.configuration("redo", x, own.shape[0], other.shape[0])
+    for lse, (reduce, self_test, target_test) in zip(result, terms, strict=True):
+        if reduce == LSE_CODE:
+            redo_kernel[(triton.cdiv(count, config.block_m),)](
+                own,
+                other,
+                x.scale,
+                x.shift,
+                x.target,
+                lse,
+                own.shape[0],
+                other.shape[0],
+                own.shape[1],
+                own.stride(0),
+                other.stride(0),
+                x.self_offset,
+                x.col0,
+                x.threshold,
+                OWN_IS_ROW=own_is_row,
+                SELF=self_test,
+                TARGET=target_test,
+                **launch.tile_arguments(x, config),
+            )
+    return result

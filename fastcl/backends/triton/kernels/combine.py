@@ -1,0 +1,34 @@
+"""The end of a sweep: adds the slots of the partial results in their order and turns them into the plan's statistics."""
+
+import triton
+import triton.language as tl
+
+from fastcl.backends.triton.kernels.sweep import merge, nothing
+from fastcl.backends.triton.kernels.tile import LN_2, LOG2_E, LSE, SUM
+
+
+@triton.jit
+def combine_kernel(
+    partials_ptr,
+    scale_ptr,
+    shift_ptr,
+    statistics_ptr,
+    count,
+    slots,
+    TERMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (blocks of rows or columns,). [terms, slots, count] to [terms, count]."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    for t in tl.static_range(len(TERMS)):
+        REDUCE: tl.constexpr = TERMS[t][0]
+        total = nothing(BLOCK, REDUCE)
+        at = partials_ptr + (t * slots).to(tl.int64) * count + index
+        for _ in range(slots):
+            total = merge(total, tl.load(at, mask=index < count, other=0.0), REDUCE)
+            at += count
+        if REDUCE == LSE:
+            total = (tl.log2(total) + tl.load(shift_ptr) * LOG2_E) * LN_2
+        elif REDUCE == SUM:
+            total = total * tl.load(scale_ptr)
+        tl.store(statistics_ptr + t * count + index, total, mask=index < count)

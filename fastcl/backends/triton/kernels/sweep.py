@@ -1,0 +1,239 @@
+"""The forward sweep: every term's partial results for one super-tile of S.
+
+S is cut into super-tiles, at most 32 in a row or column and chosen from its shape alone. One program walks super-tile
+(r, c) in a fixed order and is the only writer of slot c for the rows of r and of slot r for the columns of c, so no
+atomics are needed and the bits do not depend on scheduling. A symmetric plan walks only r <= c and, in there, only pairs
+i <= j: pair (i, j) serves row i as it stands and row j as (j, i), whose mask is evaluated by itself because a target
+need not be an involution.
+"""
+
+import triton
+import triton.language as tl
+
+from fastcl.backends.triton.kernels.tile import (
+    ALONG_COLUMNS,
+    ALONG_ROWS,
+    LOG2_E,
+    LSE,
+    MAX,
+    REQUIRED,
+    SUM,
+    admitted,
+    any_between,
+    inner_products,
+    local_targets,
+)
+
+
+@triton.jit
+def merge(x, y, REDUCE: tl.constexpr):
+    """Two partial results of one term."""
+    if REDUCE == MAX:
+        return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        return x + y
+
+
+@triton.jit
+def _largest(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _merge_all(xs, ys, TERMS: tl.constexpr):
+    merged = ()
+    for t in tl.static_range(len(TERMS)):
+        merged = merged + (merge(xs[t], ys[t], TERMS[t][0]),)
+    return merged
+
+
+@triton.jit
+def nothing(BLOCK: tl.constexpr, REDUCE: tl.constexpr):
+    """The partial result of no pairs."""
+    if REDUCE == MAX:
+        return tl.full((BLOCK,), float("-inf"), tl.float32)
+    else:
+        return tl.zeros((BLOCK,), tl.float32)
+
+
+@triton.jit
+def _all_nothing(BLOCK: tl.constexpr, TERMS: tl.constexpr):
+    partials = ()
+    for t in tl.static_range(len(TERMS)):
+        partials = partials + (nothing(BLOCK, TERMS[t][0]),)
+    return partials
+
+
+@triton.jit
+def _reduce_term(
+    products,
+    exponentials,
+    scale,
+    inside,
+    is_self,
+    is_target,
+    REDUCE: tl.constexpr,
+    SELF: tl.constexpr,
+    TARGET: tl.constexpr,
+    AXIS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One term's partial result over a tile; a sum is left unscaled."""
+    if (SELF == REQUIRED or TARGET == REQUIRED) and not MASKED:
+        return nothing(BLOCK, REDUCE)
+    else:
+        if REDUCE == LSE:
+            values = exponentials
+        elif REDUCE == SUM:
+            values = products
+        else:
+            values = products * scale
+        if MASKED:
+            keep = admitted(inside, is_self, is_target, SELF, TARGET)
+            if REDUCE == MAX:
+                values = tl.where(keep, values, float("-inf"))
+            else:
+                values = tl.where(keep, values, 0.0)
+        if REDUCE == MAX:
+            return tl.reduce(values, AXIS, _largest)
+        else:
+            return tl.sum(values, axis=AXIS)
+
+
+@triton.jit
+def _reduce_tile(
+    products,
+    exponentials,
+    scale,
+    inside,
+    is_self,
+    is_target,
+    TERMS: tl.constexpr,
+    AXIS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    partials = ()
+    for t in tl.static_range(len(TERMS)):
+        partial = _reduce_term(
+            products, exponentials, scale, inside, is_self, is_target,
+            TERMS[t][0], TERMS[t][1], TERMS[t][2], AXIS, BLOCK, MASKED,
+        )  # fmt: skip
+        partials = partials + (partial,)
+    return partials
+
+
+@triton.jit
+def _accumulate(partials_ptr, partials, index, count, slots, slot, TERMS: tl.constexpr):
+    """Adds to this program's own slot; the barrier orders it before the next read of the same numbers."""
+    for t in tl.static_range(len(TERMS)):
+        at = partials_ptr + (t * slots + slot).to(tl.int64) * count + index
+        so_far = tl.load(at, mask=index < count, other=0.0)
+        tl.store(at, merge(so_far, partials[t], TERMS[t][0]), mask=index < count)
+    tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=["self_offset", "col0"])
+def sweep_kernel(
+    a_ptr,
+    b_ptr,
+    scale_ptr,
+    shift_ptr,
+    target_ptr,
+    row_partials_ptr,
+    column_partials_ptr,
+    n,
+    m,
+    d,
+    stride_a,
+    stride_b,
+    self_offset,
+    col0,
+    super_rows,
+    super_columns,
+    ROW_TERMS: tl.constexpr,
+    COLUMN_TERMS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    USES_SELF: tl.constexpr,
+    USES_TARGET: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (super-tiles in a column, super-tiles in a row). Partials are [terms, slots, count], zero or -inf before."""
+    r = tl.program_id(0)
+    c = tl.program_id(1)
+    if SYMMETRIC:
+        if c < r:
+            return
+    scale = tl.load(scale_ptr)
+    scale_log2 = scale * LOG2_E
+    shift_log2 = tl.load(shift_ptr) * LOG2_E
+    row_end = tl.minimum((r + 1) * super_rows, n)
+    column_begin = c * super_columns
+    column_end = tl.minimum(column_begin + super_columns, m)
+
+    for i0 in range(r * super_rows, row_end, BLOCK_M):
+        rows = i0 + tl.arange(0, BLOCK_M)
+        row_targets = local_targets(target_ptr, rows, n, col0, m, USES_TARGET)
+        row_partials = _all_nothing(BLOCK_M, ROW_TERMS)
+        first_column = column_begin
+        if SYMMETRIC:
+            first_column = tl.maximum(column_begin, i0 // BLOCK_N * BLOCK_N)
+
+        for j0 in range(first_column, column_end, BLOCK_N):
+            columns = j0 + tl.arange(0, BLOCK_N)
+            products = inner_products(
+                a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b,
+                BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
+            )  # fmt: skip
+            exponentials = tl.exp2(products * scale_log2 - shift_log2)
+
+            special = (i0 + BLOCK_M > n) | (j0 + BLOCK_N > m)
+            if SYMMETRIC:
+                special = special | (j0 < i0 + BLOCK_M)
+            if USES_SELF:
+                special = special | ((self_offset > j0 - i0 - BLOCK_M) & (self_offset < j0 - i0 + BLOCK_N))
+            column_targets = columns
+            if USES_TARGET:
+                special = special | any_between(row_targets, j0, j0 + BLOCK_N)
+                if SYMMETRIC:
+                    column_targets = local_targets(target_ptr, columns, m, col0, m, USES_TARGET)
+                    special = special | any_between(column_targets, i0, i0 + BLOCK_M)
+
+            if special:
+                i = rows[:, None]
+                j = columns[None, :]
+                row_pairs = (i < n) & (j < m)
+                column_pairs = row_pairs
+                is_self = j - i == self_offset
+                row_is_target = j == row_targets[:, None]
+                column_is_target = row_is_target
+                if SYMMETRIC:
+                    column_pairs = row_pairs & (i < j)
+                    row_pairs = row_pairs & (i <= j)
+                    column_is_target = i == column_targets[None, :]
+                of_rows = _reduce_tile(
+                    products, exponentials, scale, row_pairs, is_self, row_is_target,
+                    ROW_TERMS, ALONG_ROWS, BLOCK_M, True,
+                )  # fmt: skip
+                of_columns = _reduce_tile(
+                    products, exponentials, scale, column_pairs, is_self, column_is_target,
+                    COLUMN_TERMS, ALONG_COLUMNS, BLOCK_N, True,
+                )  # fmt: skip
+            else:
+                of_rows = _reduce_tile(
+                    products, exponentials, scale, None, None, None, ROW_TERMS, ALONG_ROWS, BLOCK_M, False
+                )
+                of_columns = _reduce_tile(
+                    products, exponentials, scale, None, None, None, COLUMN_TERMS, ALONG_COLUMNS, BLOCK_N, False
+                )
+
+            row_partials = _merge_all(row_partials, of_rows, ROW_TERMS)
+            if len(COLUMN_TERMS) > 0:
+                _accumulate(column_partials_ptr, of_columns, columns, m, tl.num_programs(0), r, COLUMN_TERMS)
+        if len(ROW_TERMS) > 0:
+            _accumulate(row_partials_ptr, row_partials, rows, n, tl.num_programs(1), c, ROW_TERMS)

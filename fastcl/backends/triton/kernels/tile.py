@@ -1,0 +1,95 @@
+"""What every kernel does with one tile of S: form it, and find the pairs in it that a mask treats apart.
+
+A mask names at most two pairs of a row i: the self pair and the target. A tile that holds none of them, and neither
+crosses the diagonal of a symmetric plan nor hangs over an edge, needs no mask at all; most tiles are of that kind.
+"""
+
+import triton
+import triton.language as tl
+
+LSE = tl.constexpr(0)
+SUM = tl.constexpr(1)
+MAX = tl.constexpr(2)
+
+ABSENT = tl.constexpr(0)
+REQUIRED = tl.constexpr(1)
+FORBIDDEN = tl.constexpr(2)
+
+ALONG_ROWS = tl.constexpr(1)
+ALONG_COLUMNS = tl.constexpr(0)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def inner_products(
+    a_ptr,
+    b_ptr,
+    rows,
+    columns,
+    n,
+    m,
+    d,
+    stride_a,
+    stride_b,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """<a_i, b_j> of a tile in float32; an index over the edge repeats the last vector instead of needing a mask."""
+    a_rows = a_ptr + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * stride_a
+    b_rows = b_ptr + tl.minimum(columns, m - 1).to(tl.int64)[None, :] * stride_b
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, d, BLOCK_D):
+        k = start + tl.arange(0, BLOCK_D)
+        if EVEN_D:
+            a = tl.load(a_rows + k[None, :])
+            b = tl.load(b_rows + k[:, None])
+        else:
+            a = tl.load(a_rows + k[None, :], mask=(k < d)[None, :], other=0.0)
+            b = tl.load(b_rows + k[:, None], mask=(k < d)[:, None], other=0.0)
+        products = tl.dot(a, b, products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def local_targets(target_ptr, index, count, col0, m, USES_TARGET: tl.constexpr):
+    """Each index's target as a column of this S, -1 where it lies outside or is not looked at."""
+    if USES_TARGET:
+        target = tl.load(target_ptr + index, mask=index < count, other=-1) - col0
+        return tl.where((target >= 0) & (target < m), target, -1).to(tl.int32)
+    else:
+        return tl.full(index.shape, -1, tl.int32)
+
+
+@triton.jit
+def any_between(values, first, last):
+    """Whether a value lies in [first, last), as a scalar that the whole program branches on."""
+    return tl.max(((values >= first) & (values < last)).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def admitted(inside, is_self, is_target, SELF: tl.constexpr, TARGET: tl.constexpr):
+    """The mask of a term, as fastcl.terms.Mask defines it, over the pairs that are inside."""
+    keep = inside
+    if SELF == REQUIRED:
+        keep = keep & is_self
+    if SELF == FORBIDDEN:
+        keep = keep & (is_self == 0)
+    if TARGET == REQUIRED:
+        keep = keep & is_target
+    if TARGET == FORBIDDEN:
+        keep = keep & (is_target == 0)
+    return keep
+
+
+@triton.jit
+def spread(vector, AXIS: tl.constexpr):
+    """A number for each row (ALONG_ROWS) or each column, against a tile."""
+    if AXIS == ALONG_ROWS:
+        return vector[:, None]
+    else:
+        return vector[None, :]

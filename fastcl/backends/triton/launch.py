@@ -1,0 +1,87 @@
+"""What the forward and the backward launch their kernels with: operands as the kernels want them, and a configuration."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastcl import tuning
+from fastcl.backends.shift import fixed_shift, flag_threshold
+from fastcl.backends.triton.plan import Constants
+from fastcl.terms import Operands
+
+_INT32 = 2**31 - 1
+_FLOAT32_PRECISION = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
+
+
+class Inputs(NamedTuple):
+    """The operands, with unit stride along D."""
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    shift: Tensor
+    target: Tensor | None
+    self_offset: int
+    col0: int
+    threshold: float
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N, M, D)."""
+        return self.a.shape[0], self.b.shape[0], self.a.shape[1]
+
+
+def inputs(operands: Operands) -> Inputs:
+    a = _unit_stride(operands.a)
+    return Inputs(
+        a=a,
+        b=a if operands.b is None else _unit_stride(operands.b),
+        scale=operands.scale,
+        shift=fixed_shift(operands),
+        target=None if operands.target is None else operands.target.contiguous(),
+        # beyond 32 bits no pair of this S is a self pair, and so it stays when clamped
+        self_offset=max(-_INT32, min(operands.row0 - operands.col0, _INT32)),
+        col0=operands.col0,
+        threshold=flag_threshold(operands),
+    )
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """tl.dot's ``input_precision``: three tf32 products stand for one of float32."""
+    return _FLOAT32_PRECISION[torch.get_float32_matmul_precision()] if dtype is torch.float32 else "ieee"
+
+
+def configuration(kernel: str, x: Inputs, n: int, m: int) -> tuning.Config:
+    precision = matmul_precision(x.a.dtype)
+    capability = torch.cuda.get_device_capability(x.a.device) if x.a.is_cuda else None
+    return tuning.lookup(kernel, tuning.precision_class(x.a.dtype, precision), capability, n=n, m=m, d=x.a.shape[1])
+
+
+def constant_arguments(constants: Constants, x: Inputs, config: tuning.Config) -> dict[str, Any]:
+    """Keyword arguments of a kernel that walks tiles for all of a plan's terms."""
+    return constants.as_arguments() | tile_arguments(x, config)
+
+
+def tile_arguments(x: Inputs, config: tuning.Config) -> dict[str, Any]:
+    return {
+        "EVEN_D": x.a.shape[1] % config.block_d == 0,
+        "PRECISION": matmul_precision(x.a.dtype),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the operands'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

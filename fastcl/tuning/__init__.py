@@ -1,0 +1,112 @@
+"""Which block sizes the kernels run with: data in this folder, one JSON file per class of device.
+
+A leaf module: it imports torch for dtypes and nothing else of fastcl. Nothing is tuned at run time; the entry whose shape
+lies nearest, in powers of two, is taken. ``default.json`` fits every supported device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KERNELS = ("sweep", "redo", "weights")
+PRECISIONS = ("half", "tf32", "float32")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of S is [block_m, block_n], accumulated over D in steps of block_d."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file: compute capabilities it is for, bytes of shared memory it stays within, and its entries."""
+
+    capabilities: tuple[int, ...]
+    shared_memory: int
+    workspace_bytes: int
+    entries: Mapping[tuple[str, str], tuple[tuple[Mapping[str, int], Config], ...]]
+    """(kernel, precision class) to (shape, configuration) pairs"""
+
+
+_override: ContextVar[tuple[Config | None, int | None]] = ContextVar("_override", default=(None, None))
+
+
+def precision_class(dtype: torch.dtype, matmul_precision: str) -> str:
+    """float32 counts as tf32 where one tf32 product is enough: it then needs far fewer registers."""
+    if dtype is not torch.float32:
+        return "half"
+    return "tf32" if matmul_precision == "tf32" else "float32"
+
+
+def lookup(kernel: str, precision: str, capability: tuple[int, int] | None, **shape: int) -> Config:
+    """The configuration of the nearest shape (n, m, d) in the table of this compute capability."""
+    config, _ = _override.get()
+    if config is not None:
+        return config
+    entries = table(capability).entries[kernel, precision]
+    return min(entries, key=lambda entry: _distance(entry[0], shape))[1]
+
+
+def workspace_bytes(capability: tuple[int, int] | None = None) -> int:
+    """How much memory the backward may take for a panel of its gradient matrix, whatever the shape."""
+    _, size = _override.get()
+    return table(capability).workspace_bytes if size is None else size
+
+
+@contextlib.contextmanager
+def override(config: Config | None = None, workspace_bytes: int | None = None) -> Iterator[None]:
+    """Within the context every kernel takes this configuration, and the backward this much workspace."""
+    token = _override.set((config, workspace_bytes))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def table(capability: tuple[int, int] | None) -> Table:
+    number = None if capability is None else 10 * capability[0] + capability[1]
+    return next((table for table in tables() if number in table.capabilities), _default())
+
+
+@functools.cache
+def tables() -> tuple[Table, ...]:
+    """All tables; the default one names no capability."""
+    return tuple(_read(path) for path in sorted(Path(__file__).parent.glob("*.json")))
+
+
+@functools.cache
+def _default() -> Table:
+    return next(table for table in tables() if not table.capabilities)
+
+
+def _read(path: Path) -> Table:
+    content: dict[str, Any] = json.loads(path.read_text())
+    entries = {
+        (kernel, precision): tuple(
+            (entry["shape"], Config(**{key: value for key, value in entry.items() if key != "shape"}))
+            for entry in content["kernels"][kernel][precision]
+        )
+        for kernel in KERNELS
+        for precision in PRECISIONS
+    }
+    return Table(tuple(content["capabilities"]), content["shared_memory"], content["workspace_bytes"], entries)
+
+
+def _distance(known: Mapping[str, int], shape: Mapping[str, int]) -> float:
+    return sum(abs(math.log2(size / shape[name])) for name, size in known.items())
