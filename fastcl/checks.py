@@ -39,10 +39,10 @@ def check_pair(name: str, x: Tensor, other_name: str, other: Tensor, *, same_row
         raise ValueError(f"{name} and {other_name} must have the same dtype, got {x.dtype} and {other.dtype}")
 
 
-def check_target(name: str, target: Tensor, x: Tensor, n_keys: int) -> None:
-    """Raise unless ``target`` holds one index into ``n_keys`` keys for each row of ``x``.
+def check_target(name: str, target: Tensor, x: Tensor, n_keys: int | None = None) -> None:
+    """Raise unless ``target`` holds one index for each row of ``x``, below ``n_keys`` where that is given.
 
-    The upper bound is checked on the CPU only: elsewhere it would cost a synchronisation.
+    The bound is checked on the CPU only: elsewhere it would cost a synchronisation.
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} must be an integer tensor, got {type(target).__name__}")
@@ -52,7 +52,8 @@ def check_target(name: str, target: Tensor, x: Tensor, n_keys: int) -> None:
         raise ValueError(f"{name} must have shape ({x.shape[0]},), one index for each row, got {tuple(target.shape)}")
     if target.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like the features, got {target.device}")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling() and int(target.max()) >= n_keys:
+    readable = target.device.type == "cpu" and not torch.compiler.is_compiling()
+    if n_keys is not None and readable and int(target.max()) >= n_keys:
         raise ValueError(f"{name} must hold indices below {n_keys}, got {int(target.max())}")
 
 
@@ -63,7 +64,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def check_scalar(name: str, value: float | Tensor, *, positive: bool, hint: str = "") -> None:
-    """Raise unless ``value`` is a float or a 0-d floating tensor; a float must be positive where ``positive`` says so."""
+    """Raise unless ``value`` is a float or a 0-d floating tensor; with ``positive``, a float must be positive."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a float or a 0-d tensor, got shape {tuple(value.shape)}{hint}")

@@ -5,6 +5,7 @@ May import :mod:`fastcl.terms` and :mod:`fastcl.backends`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -24,8 +25,6 @@ BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "til
 _AUTOMATIC = ("cuda", "triton", "cpu", "tiled")
 _ENGINE_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 _SCALE_CHUNK = 1 << 21
-
-_told: set[tuple[str, ...]] = set()
 
 
 class Gradients(NamedTuple):
@@ -56,16 +55,17 @@ def select(plan: Plan, operands: Operands, name: str | None = None) -> str:
         ValueError: the backend that was asked for doesn't exist or can't compute the call; the message says why.
     """
     insisted = name or os.environ.get("FASTCL_BACKEND")
-    if insisted:
+    if not insisted:
+        chosen = next(n for n in _AUTOMATIC if BACKENDS[n].supports(plan, operands) is None)
+        _warn_if_slow(chosen, operands.a.device.type)
+    else:
         if insisted not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {insisted!r}")
         reason = BACKENDS[insisted].supports(plan, operands)
         if reason is not None:
             raise ValueError(f"backend {insisted!r} can't compute this call: {reason}")
         chosen = insisted
-    else:
-        chosen = next(n for n in _AUTOMATIC if BACKENDS[n].supports(plan, operands) is None)
-    _tell(chosen, plan, operands)
+    _log_choice(chosen, operands.a.device.type, str(operands.a.dtype), plan.encode())
     return chosen
 
 
@@ -97,7 +97,7 @@ def gradient(
         )
         grad_scale = None
         if needs_scale:
-            # S = scale * A @ B.T, so d/dscale is the sum of W * (A @ B.T); the two sides of a symmetric plan count it twice.
+            # S = scale * A @ B.T, so d/dscale is the sum of W * (A @ B.T); a symmetric product counts it twice.
             x, product = (operands.a, products.a) if wants_a else (operands.keys, products.b)
             grad_scale = _inner_product(x, product) * (0.5 if plan.symmetric else 1.0)
         return Gradients(
@@ -118,17 +118,16 @@ def _inner_product(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack(parts).sum()
 
 
-def _tell(chosen: str, plan: Plan, operands: Operands) -> None:
-    device = operands.a.device.type
-    choice = (chosen, device, str(operands.a.dtype), plan.encode())
-    if choice in _told:
-        return
-    _told.add(choice)
-    logger.info("backend %s for %s %s tensors, plan: %s", *choice)
+@functools.cache
+def _log_choice(chosen: str, device: str, dtype: str, plan: str) -> None:
+    logger.info("backend %s for %s %s tensors, plan: %s", chosen, device, dtype, plan)
+
+
+@functools.cache
+def _warn_if_slow(chosen: str, device: str) -> None:
     engine = _ENGINE_OF_DEVICE.get(device)
     reason = BACKENDS[engine].unavailable() if chosen == "tiled" and engine else None
-    if reason is not None and ("warned", device) not in _told:
-        _told.add(("warned", device))
+    if reason is not None:
         warnings.warn(
             f"fastcl runs on its plain PyTorch backend, which is slower, because the {engine!r} backend is "
             f"unavailable: {reason}. `python -m fastcl` says more.",

@@ -56,7 +56,7 @@ class _TemperatureLoss(nn.Module):
 
     def extra_repr(self) -> str:
         learnable = "" if self.logit_scale is None else f", learnable=True, max_scale={self.max_scale}"
-        return f"temperature={float(self.temperature):.4g}{learnable}"
+        return f"temperature={torch.as_tensor(self.temperature).item():.4g}{learnable}"
 
 
 class NTXentLoss(_TemperatureLoss):
@@ -91,9 +91,9 @@ class InfoNCELoss(_TemperatureLoss):
 class ClipLoss(nn.Module):
     """:func:`fastcl.clip_loss` as a module, called as open_clip calls its own.
 
-    ``forward(image_features, text_features, logit_scale, logit_bias=None, output_dict=False)``; with ``output_dict`` the
-    result is ``{"contrastive_loss": loss}``. Given a ``temperature``, the module owns a ``logit_scale`` parameter (the
-    logarithm), trains it and needs none in the call.
+    ``forward(image_features, text_features, logit_scale, logit_bias=None, output_dict=False)``; with ``output_dict``
+    the result is ``{"contrastive_loss": loss}``. Given a ``temperature``, the module owns a ``logit_scale`` parameter
+    (the logarithm), trains it and needs none in the call.
 
     >>> import torch, fastcl
     >>> x = torch.eye(3, 8)

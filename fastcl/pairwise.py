@@ -42,7 +42,7 @@ def pairwise(
         scale: a float or a 0-d tensor, which may require grad.
         bias: a float or a 0-d tensor, which may require grad.
         target: int64 [N], for masks that test ``target``; an index that names no key matches nothing.
-        norm_bound: an upper bound of ``|a_i| * |b_j|`` if one is known (1 for unit vectors); it saves a look at the norms.
+        norm_bound: an upper bound of ``|a_i| * |b_j|`` if one is known (1 for unit vectors), to save the norms.
         row0, col0: global indices of ``a[0]`` and ``b[0]``, which ``self_pair`` and ``target`` refer to.
         backend: insist on one of :func:`fastcl.list_backends`.
 
@@ -238,7 +238,7 @@ def _check(
     if bias is not None:
         check_scalar("bias", bias, positive=False)
     if target is not None:
-        check_target("target", target, a, col0 + len(a if b is None else b))
+        check_target("target", target, a)
     elif plan.uses_target:
         raise ValueError("target must be given, because a term's mask tests it; got None")
 

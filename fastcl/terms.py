@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ class Term:
     """One reduction of the logits along one axis, over the pairs its mask admits."""
 
     reduce: Reduce
-    mask: Mask = Mask()
+    mask: Mask = field(default_factory=Mask)
     axis: Axis = Axis.ROW
 
 

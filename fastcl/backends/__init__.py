@@ -36,5 +36,3 @@ class Backend(Protocol):
 
         ``incoming`` holds the loss's gradient with respect to each statistic, in the shapes of ``statistics``.
         """
-
-

@@ -1,10 +1,10 @@
 """The fixed shift c in exp(S - c): one number for a whole sweep, and the rule that says where it did not suffice.
 
-May import :mod:`fastcl.terms` only. With |S| <= bound, c puts the largest possible summand at exp(80) / max(N, M), so no
-sum of N or M of them overflows. A logit far below the bound underflows instead. That can happen only where
+May import :mod:`fastcl.terms` only. With |S| <= bound, c puts the largest possible summand at exp(80) / max(N, M), so
+that no sum of N or M of them overflows. A logit far below the bound underflows instead. That can happen only where
 2 * bound > 150, and a row (or column) it may have hurt shows a log-sum-exp close to the smallest normal number: it is
-*flagged*, and recomputed with a running maximum. Waiting for a sum of exactly 0 is too late: summands are flushed long
-before the sum is.
+*flagged*, and recomputed with a running maximum. Waiting for a sum of exactly 0 is too late: summands are flushed
+long before the sum is.
 """
 
 from __future__ import annotations

@@ -66,11 +66,11 @@ def gradient(
         if plan.symmetric:
             w = w + (w.mT if rows == columns else weights(s.mT, columns, rows).mT)
         if grad_a is not None:
-            grad_a[rows].addmm_(w, operands.keys[columns].to(dtype))
+            _add_product(grad_a[rows], w, operands.keys[columns])
             if plan.symmetric and rows != columns:
-                grad_a[columns].addmm_(w.mT, operands.a[rows].to(dtype))
+                _add_product(grad_a[columns], w.mT, operands.a[rows])
         if grad_b is not None:
-            grad_b[columns].addmm_(w.mT, operands.a[rows].to(dtype))
+            _add_product(grad_b[columns], w.mT, operands.a[rows])
     return Products(grad_a, grad_b)
 
 
@@ -82,17 +82,20 @@ def _tiles(plan: Plan, operands: Operands) -> Iterator[tuple[slice, slice]]:
             yield slice(i, min(i + size, n)), slice(j, min(j + size, m))
 
 
+def _add_product(result: Tensor, w: Tensor, x: Tensor) -> None:
+    result += w @ x.to(w.dtype)
+
+
 def _neutral(terms: tuple[Term, ...], length: int, operands: Operands) -> Tensor:
-    values = torch.empty((len(terms), length), dtype=operands.accumulation_dtype, device=operands.a.device)
-    for value, term in zip(values, terms, strict=True):
-        value.fill_(neutral(term.reduce))
-    return values
+    values = [neutral(term.reduce) for term in terms]
+    column = torch.tensor(values, dtype=operands.accumulation_dtype, device=operands.a.device)
+    return column[:, None].repeat(1, length)
 
 
 def _accumulate(
     result: Tensor, terms: tuple[Term, ...], s: Tensor, dim: int, operands: Operands, rows: slice, columns: slice
 ) -> None:
     span = rows if dim == 1 else columns
-    for value, term in zip(result, terms, strict=True):
+    for k, term in enumerate(terms):
         partial = reduce_tile(term.reduce, s, admitted(term.mask, operands, rows, columns), dim)
-        value[span] = merge(term.reduce, value[span], partial)
+        result[k, span] = merge(term.reduce, result[k, span], partial)

@@ -59,7 +59,8 @@ def clip_loss(
     Complexity: 4 * B^2 * D multiply-adds for value and gradients (rows and columns come from one sweep, both gradients
     from one recomputation), O(B) memory beyond features and gradients.
 
-    Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021 (arXiv:2103.00020).
+    Source: Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021
+    (arXiv:2103.00020).
 
     >>> import torch, fastcl
     >>> x = torch.eye(3, 8)

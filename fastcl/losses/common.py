@@ -32,15 +32,15 @@ class LossStats(NamedTuple):
 def normalize_rows(x: Tensor) -> Tensor:
     """Rows of unit length, in the dtype of ``x``.
 
-    The norm and the division are in float32 (float64 for float64), so that no half-precision norm overflows and a row of
-    zeros stays zeros.
+    The norm and the division are in float32 (float64 for float64), so that no half-precision norm overflows and a row
+    of zeros stays zeros.
     """
     return F.normalize(x.to(accumulation_dtype(x.dtype)), dim=-1).to(x.dtype)
 
 
-def inverse(tau: float | Tensor) -> float | Tensor:
-    """The scale that a temperature stands for, at float32 or better."""
-    return 1.0 / (tau.to(accumulation_dtype(tau.dtype)) if isinstance(tau, Tensor) else tau)
+def inverse(tau: float | Tensor, features: Tensor) -> float | Tensor:
+    """The scale that a temperature stands for, in the accumulation dtype of the features."""
+    return 1.0 / (tau.to(accumulation_dtype(features.dtype)) if isinstance(tau, Tensor) else tau)
 
 
 def softmax_loss(negatives: Tensor, positive: Tensor) -> Tensor:

@@ -19,6 +19,16 @@ from fastcl.pairwise import pairwise
 from fastcl.terms import Mask, Reduce, Term, accumulation_dtype
 
 
+def _terms(negatives: Mask, positive: Mask) -> tuple[Term, ...]:
+    return Term(Reduce.LSE, negatives), Term(Reduce.SUM, positive), Term(Reduce.MAX, negatives)
+
+
+# The last term of each is what return_stats adds.
+_SAME_INDEX = _terms(Mask(self_pair=False), Mask(self_pair=True))
+_BY_TARGET = _terms(Mask(target=False), Mask(target=True))
+_EXPLICIT = (Term(Reduce.LSE), Term(Reduce.MAX))
+
+
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -46,8 +56,8 @@ def info_nce(
         query: [N, D], float64, float32, bfloat16 or float16.
         key: [M, D] of the same dtype and device; M must be N unless ``target`` is given.
         tau: the temperature, a positive float or a 0-d tensor, which may require grad.
-        target: int64 [N], the index of each query's positive key, as in ``cross_entropy``. A negative index marks a query
-            without a positive: its loss is 0, it gets no gradient, and the mean still divides by N.
+        target: int64 [N], the index of each query's positive key, as in ``cross_entropy``. A negative index marks a
+            query without a positive: its loss is 0, it gets no gradient, and the mean still divides by N.
         negatives: [K, D], negatives shared by all queries. Excludes ``target``.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [N].
@@ -81,19 +91,16 @@ def info_nce(
         if target is not None:
             raise ValueError("target and negatives exclude each other: with negatives, query i's positive is key i")
         check_pair("query", query, "negatives", negatives, same_rows=False)
-    scale = inverse(tau)
+    scale = inverse(tau, query)
     if normalize:
         query, key = normalize_rows(query), normalize_rows(key)
         negatives = None if negatives is None else normalize_rows(negatives)
     options = {"target": target, "norm_bound": 1.0 if normalize else None, "backend": backend}
     if negatives is None:
-        test = "self_pair" if target is None else "target"
-        terms = [Term(Reduce.LSE, Mask(**{test: False})), Term(Reduce.SUM, Mask(**{test: True}))]
-        if return_stats:
-            terms.append(Term(Reduce.MAX, Mask(**{test: False})))
-        from_negatives, positive, *hardest = pairwise(query, key, terms, scale, **options)
+        terms = _SAME_INDEX if target is None else _BY_TARGET
+        from_negatives, positive, *hardest = pairwise(query, key, terms[: 3 if return_stats else 2], scale, **options)
     else:
-        terms = [Term(Reduce.LSE), Term(Reduce.MAX)] if return_stats else [Term(Reduce.LSE)]
+        terms = _EXPLICIT[: 2 if return_stats else 1]
         from_negatives, *hardest = pairwise(query, negatives, terms, scale, **options)
         dtype = accumulation_dtype(query.dtype)
         positive = (query.to(dtype) * key.to(dtype)).sum(dim=1) * scale

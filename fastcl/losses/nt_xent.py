@@ -65,12 +65,12 @@ def nt_xent(
     >>> import torch, fastcl
     >>> z = torch.eye(4, 8)
     >>> round(fastcl.nt_xent(z, z, 0.5).item(), 4)  # log(1 + 6 * exp(-2))
-    0.5946
+    0.5944
     """
     check_scalar("tau", tau, positive=True)
     check_choice("reduction", reduction, REDUCTIONS)
     check_pair("z1", z1, "z2", z2, same_rows=True)
-    scale, batch = inverse(tau), z1.shape[0]
+    scale, batch = inverse(tau, z1), z1.shape[0]
     z = torch.cat((normalize_rows(z1), normalize_rows(z2)) if normalize else (z1, z2))
     partner = torch.arange(2 * batch, device=z.device).roll(batch)
     negatives, positive, *hardest = pairwise(

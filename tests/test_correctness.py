@@ -1,0 +1,93 @@
+"""Every loss on every backend against the textbook formula in float64, within the dense formula's own error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.cases import (
+    DTYPES,
+    LOSSES,
+    SHAPES,
+    TOLERANCE,
+    Loss,
+    available_backends,
+    make_features,
+    relative_error,
+    value_and_gradients,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def check_against_float64(
+    loss: Loss, pairs: int, dim: int, dtype: torch.dtype, backend: str, tau: float = 0.1, device: str = "cpu"
+) -> None:
+    """Value and all gradients are within the error of the dense formula in the same dtype, plus TOLERANCE."""
+    features = make_features(loss, pairs, dim, dtype, device)
+    wide = [x.detach().double().requires_grad_() for x in features]
+    temperature = torch.tensor(tau, device=device, requires_grad=True)
+    wide_temperature = temperature.detach().double().requires_grad_()
+
+    got = value_and_gradients(lambda: loss.call(features, temperature, backend=backend), [*features, temperature])
+    exact = value_and_gradients(lambda: loss.reference(wide, wide_temperature), [*wide, wide_temperature])
+    dense = value_and_gradients(lambda: loss.reference(features, temperature), [*features, temperature])
+
+    names = ("value", *loss.features, "temperature")
+    for name, x, y, z in zip(names, (got[0], *got[1]), (exact[0], *exact[1]), (dense[0], *dense[1]), strict=True):
+        # Exact gradients that vanish (one pair, or one dimension) leave only rounding to compare.
+        floor = 1e-7 if dtype is torch.float64 else 1e-4
+        if float(y.double().norm()) < floor:
+            assert float((x.double() - y).norm()) <= max(float((z.double() - y).norm()), floor), name
+            continue
+        # The temperature's gradient is one number, a sum in which most of the terms cancel.
+        tolerance = TOLERANCE[dtype] * (5 if name == "temperature" else 1)
+        error, budget = relative_error(x, y), relative_error(z, y) + tolerance
+        assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
+
+
+def supported(dtype: torch.dtype, backend: str) -> bool:
+    return dtype is not torch.float64 or backend in ("dense", "tiled")
+
+
+CASES = [
+    pytest.param(loss, *shape, dtype, backend, id=f"{loss.name}-{shape[0]}x{shape[1]}-{str(dtype)[6:]}-{backend}")
+    for loss in LOSSES
+    for shape in SHAPES
+    for dtype in DTYPES
+    for backend in available_backends()
+    if supported(dtype, backend)
+]
+
+
+@pytest.mark.parametrize(("loss", "pairs", "dim", "dtype", "backend"), CASES)
+def test_agrees_with_float64(loss: Loss, pairs: int, dim: int, dtype: torch.dtype, backend: str) -> None:
+    check_against_float64(loss, pairs, dim, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("tau", [0.01, 1.0])
+def test_agrees_at_extreme_temperatures(loss: Loss, backend: str, tau: float) -> None:
+    check_against_float64(loss, 200, 24, torch.float32, backend, tau)
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_strided_features(loss: Loss, backend: str) -> None:
+    features = [x.detach() for x in make_features(loss, 70, 21, torch.float32)]
+    expected = loss.call(features, 0.2, backend=backend)
+    transposed = [x.T.contiguous().T for x in features]
+    spread = [torch.stack((x, x.flip(0)), dim=2).flatten(1)[:, ::2] for x in features]
+    torch.testing.assert_close(loss.call(transposed, 0.2, backend=backend), expected)
+    torch.testing.assert_close(loss.call(spread, 0.2, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_same_bits_every_time(loss: Loss, backend: str) -> None:
+    features = make_features(loss, 530, 48, torch.float32)
+    runs = [value_and_gradients(lambda: loss.call(features, 0.1, backend=backend), features) for _ in range(3)]
+    for value, gradients in runs[1:]:
+        assert torch.equal(value, runs[0][0])
+        assert all(torch.equal(x, y) for x, y in zip(gradients, runs[0][1], strict=True))

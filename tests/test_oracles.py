@@ -1,0 +1,74 @@
+"""The packages we replace, as they are on PyPI, agree with us: values, and gradients through them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastcl
+from benchmarks.peers import import_peer
+from tests.cases import available_backends
+
+BACKENDS = pytest.mark.parametrize("backend", available_backends())
+
+
+def peer(module: str):
+    """The peer's module; a peer that can't be imported is a failure, unless the reason is that it isn't installed."""
+    try:
+        return import_peer(module)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{module} is not installed: {error}")
+
+
+@pytest.fixture
+def views() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    z1 = torch.randn(24, 10, generator=generator)
+    z2 = z1 + 0.7 * torch.randn(24, 10, generator=generator)
+    return z1.requires_grad_(), z2.requires_grad_()
+
+
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor, inputs) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for x, y in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(theirs, inputs), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+@BACKENDS
+def test_lightly(views, backend: str) -> None:
+    criterion = peer("lightly.loss").NTXentLoss(temperature=0.3)
+    assert_same(fastcl.nt_xent(*views, 0.3, backend=backend), criterion(*views), views)
+
+
+@BACKENDS
+def test_pytorch_metric_learning(views, backend: str) -> None:
+    losses = peer("pytorch_metric_learning.losses")
+    criterion = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.3))
+    assert_same(fastcl.nt_xent(*views, 0.3, backend=backend), criterion(*views), views)
+    one_way = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.3), symmetric=False)
+    assert_same(fastcl.info_nce(*views, 0.3, backend=backend), one_way(*views), views)
+
+
+@BACKENDS
+def test_open_clip(views, backend: str) -> None:
+    criterion = peer("open_clip.loss").ClipLoss()
+    images, texts = (torch.nn.functional.normalize(x.detach(), dim=1).requires_grad_() for x in views)
+    scale = torch.tensor(12.0, requires_grad=True)
+    assert_same(
+        fastcl.clip_loss(images, texts, scale, backend=backend), criterion(images, texts, scale), (images, texts, scale)
+    )
+    ours = fastcl.nn.ClipLoss(backend=backend)(images, texts, logit_scale=scale, output_dict=True)
+    theirs = criterion(images, texts, logit_scale=scale, output_dict=True)
+    assert ours.keys() == theirs.keys()
+
+
+@BACKENDS
+def test_info_nce_pytorch(views, backend: str) -> None:
+    criterion = peer("info_nce").InfoNCE(temperature=0.3)
+    assert_same(fastcl.info_nce(*views, 0.3, backend=backend), criterion(*views), views)
+    negatives = torch.randn(31, 10, requires_grad=True)
+    assert_same(
+        fastcl.info_nce(*views, 0.3, negatives=negatives, backend=backend),
+        criterion(*views, negatives),
+        (*views, negatives),
+    )

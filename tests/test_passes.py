@@ -1,0 +1,70 @@
+"""The cost of each plan in sweeps of N * M * D multiply-adds, counted in the products that `tiled` calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastcl import engine
+from fastcl.backends import tiled
+from fastcl.terms import Operands, Plan, Statistics
+from tests.cases import LOSSES, Loss, make_features
+
+TILES = 16
+DIM = 4
+
+
+def count_passes(run: Callable[[], object], sweep: int) -> float:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        run()
+    return counter.get_total_flops() / (2 * sweep)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_passes_of_each_loss(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled, "_TILE_ON_CPU", 8)
+    calls: dict[str, tuple] = {}
+    for name in ("statistics", "gradient"):
+        original = getattr(tiled, name)
+
+        def record(*args, name=name, original=original):
+            calls[name] = args
+            return original(*args)
+
+        monkeypatch.setattr(tiled, name, record)
+
+    # NT-Xent doubles its rows, and its diagonal tiles are computed whole: n * (n + tile) / 2 in place of n^2 / 2.
+    features = make_features(loss, 8 * TILES // (2 if loss.name == "nt_xent" else 1), DIM, torch.float32)
+    tau = torch.tensor(0.1, requires_grad=True)
+    loss.call(features, tau, backend="tiled").sum().backward()
+
+    operands: Operands = calls["statistics"][1]
+    n, m = operands.shape
+    forward = count_passes(lambda: tiled.statistics(*calls["statistics"]), n * m * DIM)
+    backward = count_passes(lambda: tiled.gradient(*calls["gradient"]), n * m * DIM)
+    diagonal = (1 + 1 / TILES) if loss.name == "nt_xent" else 1
+    assert forward == pytest.approx(loss.passes[0] * diagonal)
+    # A diagonal tile is one product where an off-diagonal one is two.
+    expected = loss.passes[1] * diagonal if diagonal == 1 else 0.5 * diagonal + 1.0
+    assert backward == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("needs", "passes"),
+    [((True, True, True), 3), ((True, False, True), 2), ((False, True, True), 2), ((False, False, True), 2)],
+)
+def test_scale_costs_no_sweep(needs: tuple[bool, bool, bool], passes: int) -> None:
+    plan = Plan.decode("general lse:row:** lse:column:**")
+    a, b = torch.randn(2, 64, DIM)
+    operands = Operands(a, b, torch.tensor(2.0))
+    statistics = engine.statistics(plan, operands, "tiled")
+    incoming = Statistics(torch.rand(1, 64), torch.rand(1, 64))
+    flags = dict(zip(("needs_a", "needs_b", "needs_scale"), needs, strict=True))
+    counted = count_passes(
+        lambda: engine.gradient(plan, operands, statistics, incoming, backend="tiled", **flags), 64 * 64 * DIM
+    )
+    assert counted == passes
