@@ -1,0 +1,81 @@
+"""On a GPU: every loss, dtype and ragged shape of the table on every backend there, and more than 2**31 elements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastcl
+from fastcl.losses.info_nce import reference as info_nce_reference
+from tests.cases import DTYPES, LOSSES, SHAPES, Loss, available_backends, make_features, value_and_gradients
+from tests.test_correctness import check_against_float64, supported
+
+pytestmark = pytest.mark.gpu
+
+ON_GPU = available_backends("cuda") if torch.cuda.is_available() else ["triton"]
+
+
+@pytest.fixture(autouse=True)
+def _full_precision_float32() -> None:
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_agrees_with_float64(loss: Loss, shape: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
+    if not supported(dtype, backend):
+        pytest.skip(f"{backend} leaves float64 to tiled")
+    check_against_float64(loss, *shape, dtype, backend, device="cuda")
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_larger_and_colder(loss: Loss, dtype: torch.dtype, backend: str) -> None:
+    check_against_float64(loss, 3001, 200, dtype, backend, tau=0.01, device="cuda")
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_same_bits_every_time(loss: Loss) -> None:
+    features = make_features(loss, 2050, 96, torch.bfloat16, "cuda")
+    runs = [value_and_gradients(lambda: loss.call(features, 0.1), features) for _ in range(3)]
+    for value, gradients in runs[1:]:
+        assert torch.equal(value, runs[0][0])
+        assert all(torch.equal(x, y) for x, y in zip(gradients, runs[0][1], strict=True))
+
+
+def test_triton_is_available() -> None:
+    assert fastcl.list_backends()["triton"] is None
+
+
+def test_no_synchronisation() -> None:
+    features = make_features(LOSSES[0], 256, 64, torch.bfloat16, "cuda")
+    tau = torch.tensor(0.1, device="cuda", requires_grad=True)
+    fastcl.nt_xent(*features, tau).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = fastcl.nt_xent(*features, tau, return_stats=True)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    n, m, dim = 2**22 + 100, 300, 512
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    torch.manual_seed(0)
+    query = torch.nn.functional.normalize(torch.randn(n, dim, device="cuda", dtype=torch.bfloat16), dim=1)
+    key = torch.nn.functional.normalize(torch.randn(m, dim, device="cuda", dtype=torch.bfloat16), dim=1)
+    target = torch.arange(n, device="cuda") % m
+    query.requires_grad_()
+    rows = fastcl.info_nce(query, key, 0.1, target=target, normalize=False, reduction="none", backend="triton")
+    rows.sum().backward()
+    for part in (slice(0, 64), slice(n - 64, n)):
+        exact = query.detach()[part].double().requires_grad_()
+        want = info_nce_reference(exact, key.double(), 0.1, target=target[part], normalize=False)
+        torch.testing.assert_close(rows[part].double(), want, rtol=1e-3, atol=1e-3)
+        gradient = torch.autograd.grad(want.sum(), exact)[0]
+        torch.testing.assert_close(query.grad[part].double(), gradient, rtol=2e-2, atol=2e-2)
