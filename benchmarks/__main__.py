@@ -1,0 +1,114 @@
+"""The command: ``python -m benchmarks`` measures, ``python -m benchmarks status`` brings the README up to date."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import plots, status
+from benchmarks.cases import Case, suite
+from benchmarks.environment import device_slug
+from benchmarks.measure import GemmRate
+from benchmarks.providers import Provider, providers
+from benchmarks.report import Machine, Row, format_case, make_rows, write_csv
+from benchmarks.runner import Limits, Runner
+
+ROOT = Path(__file__).resolve().parent
+QUICK = Limits(rounds=3, budget_s=0.2, call_s=8.0, request_s=60.0, total_s=95.0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["status"]:
+        return status.main(arguments[1:])
+    return measure(parse(arguments))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, within two minutes")
+    parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for the CSV file and the plots")
+    parser.add_argument("--keep", action="store_true", help="write to benchmarks/results/<device> instead of --out")
+    parser.add_argument("--cases", help="comma-separated parts of case names, for example nt_xent-512x")
+    parser.add_argument("--providers", help="comma-separated parts of provider names, for example fastcl,dense")
+    parser.add_argument("--threads", type=int, default=0, help="threads of each process (default: torch's own choice)")
+    parser.add_argument("--dtype", help="comma-separated dtypes (default: the suite's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--limit", type=float, help="seconds after which remaining cases are left out")
+    parser.add_argument("--list", action="store_true", help="print the names of cases and providers")
+    return parser.parse_args(arguments)
+
+
+def measure(options: argparse.Namespace) -> int:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cases = _chosen(suite(device, quick=options.quick, dtypes=_parts(options.dtype)), options.cases)
+    competitors = _chosen(providers(device), options.providers)
+    if options.list:
+        print(*[case.name for case in cases], "", *[provider.name for provider in competitors], sep="\n")
+        return 0
+    if not cases or not competitors:
+        print("no case or no provider has a name like that; --list prints them", file=sys.stderr)
+        return 2
+    limits = QUICK if options.quick else Limits()
+    if options.limit is not None:
+        limits.total_s = options.limit
+    rows: list[Row] = []
+    start = time.monotonic()
+    with Runner(device, competitors, limits, threads=options.threads, progress=_progress) as runner:
+        machine = describe_machine(runner, device, cases)
+        _say(f"{machine.device}, torch {machine.torch}")
+        for rate in machine.rates.values():
+            _say(f"torch.mm: {rate}")
+        folder = ROOT / "results" / device_slug(machine.device) if options.keep else options.out
+        for case in cases:
+            results = runner.run(case)
+            if not results:
+                continue
+            case_rows = make_rows(results, machine)
+            rows += case_rows
+            _say(format_case(case_rows))
+            # After each case, so that an interrupted run has what it measured.
+            write_csv(rows, folder / "results.csv")
+    _say(f"\n{len(rows)} rows in {time.monotonic() - start:.0f} s: {folder / 'results.csv'}")
+    for line in plots.draw(rows, folder):
+        _say(line)
+    return 1 if any(row.status == "gate red" and row.provider.startswith("fastcl") for row in rows) else 0
+
+
+def describe_machine(runner: Runner, device: str, cases: list[Case]) -> Machine:
+    """The device, and its GEMM rate in each dtype that will be used."""
+    about = runner.ask_judge("describe")
+    rates = {}
+    for dtype in dict.fromkeys(case.dtype for case in cases):
+        _progress(f"torch.mm in {dtype}")
+        rate = runner.ask_judge("gemm", dtype=dtype)
+        rates[dtype] = GemmRate(rate["flops"], dtype, rate["library"], rate["size"])
+    return Machine(about["device"], device, about["torch"], rates)
+
+
+def _chosen(items: list[Case] | list[Provider], wanted: str | None) -> list:
+    parts = _parts(wanted)
+    return [item for item in items if parts is None or any(part in item.name for part in parts)]
+
+
+def _parts(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Everyone who computes a case: fastcl's backends, the dense loss, torch.compile of it, and the peers.
+
+A :class:`Provider` is the name of a way to compute; its function is built in the process that measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import fastcl
+from benchmarks.cases import Case
+from benchmarks.environment import installed_version
+from benchmarks.peers import PEERS, Adapter, Peer
+from tests.cases import available_backends
+
+FASTCL = "fastcl"
+_LARGEST_DENSE_BACKEND = 1 << 26
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute cases."""
+
+    name: str
+    version: str
+    build: Callable[[Case], Adapter]
+    """the function that computes the case's mean loss; raises ImportError with the reason where it can't"""
+    offers: Callable[[Case], bool]
+    needed_bytes: Callable[[Case], int]
+    """an estimate of the peak beyond inputs and gradients"""
+    too_large: Callable[[Case], str | None] = lambda case: None
+    """why the case is not tried though it would fit, or None"""
+    compiles: bool = False
+    learns_scale: bool = True
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether this is somebody fastcl competes with."""
+        return not self.name.startswith(FASTCL)
+
+
+def providers(device: str) -> list[Provider]:
+    """All that could run on ``device``; whether a peer's library can be imported shows in its worker."""
+    ours = [_fastcl(name) for name in available_backends(device)]
+    return [*ours, _dense(), _compiled(), *(_peer(peer) for peer in PEERS if device in peer.devices)]
+
+
+def find(name: str, device: str) -> Provider:
+    """The provider of that name.
+
+    Raises:
+        KeyError: there is none on this device.
+    """
+    for provider in providers(device):
+        if provider.name == name:
+            return provider
+    raise KeyError(f"no provider {name!r} on {device}")
+
+
+def _fastcl(backend: str) -> Provider:
+    def build(case: Case) -> Adapter:
+        call = case.table_row.call
+        return lambda features, tau: call(features, tau, backend=backend).mean()
+
+    def too_large(case: Case) -> str | None:
+        if backend == "dense" and case.rows**2 > _LARGEST_DENSE_BACKEND:
+            return "backend dense is the tests' judge, not meant for this size"
+        return None
+
+    dense = backend == "dense"
+    return Provider(
+        f"{FASTCL} {backend}",
+        fastcl.__version__,
+        build,
+        offers=lambda case: True,
+        needed_bytes=lambda case: case.dense_bytes(8, torch.float32) if dense else 0,
+        too_large=too_large,
+    )
+
+
+def _dense() -> Provider:
+    return Provider(
+        "dense eager",
+        torch.__version__,
+        _reference,
+        offers=lambda case: True,
+        needed_bytes=lambda case: case.dense_bytes(),
+    )
+
+
+def _compiled() -> Provider:
+    def build(case: Case) -> Adapter:
+        return torch.compile(_reference(case), dynamic=False)
+
+    return Provider(
+        "torch.compile",
+        torch.__version__,
+        build,
+        offers=lambda case: True,
+        needed_bytes=lambda case: case.dense_bytes(),
+        compiles=True,
+    )
+
+
+def _reference(case: Case) -> Adapter:
+    formula = case.table_row.reference
+    return lambda features, tau: formula(features, tau).mean()
+
+
+def _peer(peer: Peer) -> Provider:
+    def needed_bytes(case: Case) -> int:
+        item = case.torch_dtype.itemsize
+        return int(item * (peer.matrices * case.rows**2 + peer.cubes * case.rows**3))
+
+    def too_large(case: Case) -> str | None:
+        if peer.most_pairs is not None and case.pairs > peer.most_pairs:
+            return f"its time and memory are cubic, not tried above {peer.most_pairs} pairs"
+        return None
+
+    return Provider(
+        peer.name,
+        installed_version(peer.distribution) or "",
+        lambda case: peer.losses[case.loss](),
+        offers=lambda case: case.loss in peer.losses,
+        needed_bytes=needed_bytes,
+        too_large=too_large,
+        learns_scale=peer.learns_scale,
+    )

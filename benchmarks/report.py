@@ -1,0 +1,181 @@
+"""What a run leaves behind: rows of numbers, a CSV file, a table in the terminal."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import fastcl
+from benchmarks.environment import git_commit, installed_version
+from benchmarks.measure import GemmRate, summarize_times
+from benchmarks.runner import Result
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run ran on."""
+
+    device: str
+    kind: str
+    """cpu | cuda"""
+    torch: str
+    rates: dict[str, GemmRate]
+    """by dtype"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV file: a provider on a case, and everything needed to know what was measured."""
+
+    date: str
+    commit: str
+    device: str
+    kind: str
+    torch: str
+    triton: str
+    fastcl: str
+    loss: str
+    pairs: int
+    dim: int
+    dtype: str
+    provider: str
+    version: str
+    status: str
+    reason: str
+    gate_pairs: int | None
+    value_error: float | None
+    gradient_error: float | None
+    median_ms: float | None
+    p20_ms: float | None
+    p80_ms: float | None
+    repeats: int | None
+    compile_s: float | None
+    peak_mb: float | None
+    gradients_mb: float | None
+    needed_mb: float | None
+    best_peer: str
+    speedup: float | None
+    """the best peer's median over this one's; the best peer is anyone but fastcl"""
+    floor_passes: float
+    gemm_gflops: float
+    gemm_library: str
+    floor_ms: float
+    fraction_of_floor: float | None
+    """the floor's time over the median: 1 where the loss takes no longer than its products alone by the library"""
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+def make_rows(results: Sequence[Result], machine: Machine) -> list[Row]:
+    """The rows of one case's results."""
+    timed_peers = [r for r in results if r.provider.is_peer and r.median_ms is not None]
+    best = min(timed_peers, key=lambda r: r.median_ms, default=None)
+    return [_row(result, best, machine) for result in results]
+
+
+def _row(result: Result, best: Result | None, machine: Machine) -> Row:
+    case, rate = result.case, machine.rates[result.case.dtype]
+    timing = summarize_times(result.times_ms) if result.times_ms else None
+    floor_ms = case.floor_flops / rate.flops * 1e3
+    return Row(
+        date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        commit=git_commit(),
+        device=machine.device,
+        kind=machine.kind,
+        torch=machine.torch,
+        triton=installed_version("triton") or "",
+        fastcl=fastcl.__version__,
+        loss=case.loss,
+        pairs=case.pairs,
+        dim=case.dim,
+        dtype=case.dtype,
+        provider=result.provider.name,
+        version=result.provider.version,
+        status=result.status,
+        reason=result.reason,
+        gate_pairs=result.gate_pairs,
+        value_error=_rounded(result.value_error),
+        gradient_error=_rounded(result.gradient_error),
+        median_ms=_rounded(timing and timing.median_ms),
+        p20_ms=_rounded(timing and timing.p20_ms),
+        p80_ms=_rounded(timing and timing.p80_ms),
+        repeats=timing and timing.repeats,
+        compile_s=_rounded(None if result.compile_ms is None else result.compile_ms / 1e3),
+        peak_mb=_rounded(_megabytes(result.peak_bytes)),
+        gradients_mb=_rounded(_megabytes(result.gradient_bytes)),
+        needed_mb=_rounded(_megabytes(result.needed_bytes or None)),
+        best_peer=best.provider.name if best else "",
+        speedup=_rounded(best.median_ms / timing.median_ms) if best and timing else None,
+        floor_passes=case.cost.floor_passes,
+        gemm_gflops=_rounded(rate.flops / 1e9),
+        gemm_library=rate.library,
+        floor_ms=_rounded(floor_ms),
+        fraction_of_floor=_rounded(floor_ms / timing.median_ms) if timing else None,
+    )
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """All rows, with a header."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(["" if (x := getattr(row, name)) is None else x for name in COLUMNS] for row in rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a file that :func:`write_csv` wrote, as text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+HEADER = (
+    f"  {'provider':<24}{'ms':>10}  {'20-80 %':<19}{'peak MB':>10}{'x best peer':>13}{'of floor':>10}  "
+    f"{'error: value':<13}{'gradient':<9}"
+)
+
+
+def format_case(rows: Sequence[Row]) -> str:
+    """One case's block of the terminal's table, fastest first, those without a time last."""
+    first = rows[0]
+    title = f"{first.loss}  {first.pairs:,} pairs  dim {first.dim}  {first.dtype}"
+    floor = f"floor {first.floor_passes:g} passes at {first.gemm_gflops:,.0f} GFLOP/s = {first.floor_ms:,.3g} ms"
+    ordered = sorted(rows, key=lambda row: math.inf if row.median_ms is None else row.median_ms)
+    return "\n".join([f"\n{title}   ({floor})", HEADER, *map(_line, ordered)])
+
+
+def _line(row: Row) -> str:
+    errors = f"{_error(row.value_error):<13}{_error(row.gradient_error):<9}"
+    if row.median_ms is None:
+        return f"  {row.provider:<24}{row.status}: {row.reason}"
+    spread = f"{_number(row.p20_ms)} - {_number(row.p80_ms)}"
+    speedup = "" if row.speedup is None else f"{row.speedup:.2f}"
+    compiled = "" if row.compile_s is None else f" (compiled in {row.compile_s:.1f} s)"
+    gate = "" if row.gate_pairs == row.pairs else f" at {row.gate_pairs:,} pairs"
+    return (
+        f"  {row.provider:<24}{_number(row.median_ms):>10}  {spread:<19}{_number(row.peak_mb):>10}{speedup:>13}"
+        f"{100 * row.fraction_of_floor:>8.1f} %  {errors}{gate}{compiled}"
+    )
+
+
+def _number(x: float | None) -> str:
+    if x is None:
+        return ""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def _error(x: float | None) -> str:
+    return "" if x is None else f"{x:.1e}"
+
+
+def _megabytes(x: int | None) -> float | None:
+    return None if x is None else x / 1e6
+
+
+def _rounded(x: float | None) -> float | None:
+    return None if x is None else float(f"{x:.4g}")
