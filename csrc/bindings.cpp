@@ -1,0 +1,171 @@
+// The only file that knows Torch: the operators of fastcl_cpu, through PyTorch's stable ABI, and the module fastcl._C
+// whose import registers them.
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/engine.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+namespace cpu = fastcl::cpu;
+
+cpu::Matrix matrix(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.is_cpu(), name, " must be a matrix on the CPU");
+  cpu::Dtype dtype = cpu::Dtype::kFloat32;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      break;
+    case ScalarType::BFloat16:
+      dtype = cpu::Dtype::kBFloat16;
+      break;
+    case ScalarType::Half:
+      dtype = cpu::Dtype::kFloat16;
+      break;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16");
+  }
+  return {tensor.const_data_ptr(), dtype, tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
+}
+
+// `terms` is int64 [T, 4]: reduce, axis (0 row, 1 column), self test, target test; see fastcl/backends/cpu.py.
+cpu::Problem make_problem(const Tensor& a, const std::optional<Tensor>& b, double scale, double shift,
+                          double flag_below, const std::optional<Tensor>& target, int64_t row0, int64_t col0,
+                          const Tensor& terms, bool symmetric) {
+  cpu::Problem problem{};
+  problem.a = matrix(a, "a");
+  problem.b = b.has_value() ? matrix(*b, "b") : problem.a;
+  STD_TORCH_CHECK(problem.a.dtype == problem.b.dtype, "a and b must have one dtype");
+  STD_TORCH_CHECK(problem.a.depth == problem.b.depth, "a and b must have rows of one length");
+  STD_TORCH_CHECK(problem.a.rows > 0 && problem.b.rows > 0 && problem.a.depth > 0, "a and b must not be empty");
+  STD_TORCH_CHECK(!symmetric || (!b.has_value() && row0 == col0), "a symmetric plan has one operand");
+  problem.symmetric = symmetric;
+  problem.scale = static_cast<float>(scale);
+  problem.shift = static_cast<float>(shift);
+  problem.flag_below = static_cast<float>(flag_below);
+  problem.row0 = row0;
+  problem.col0 = col0;
+  if (target.has_value()) {
+    STD_TORCH_CHECK(target->dim() == 1 && target->size(0) == problem.a.rows && target->is_contiguous() &&
+                        target->scalar_type() == ScalarType::Long,
+                    "target must be a contiguous int64 vector with an entry for each row of a");
+    problem.target = target->const_data_ptr<int64_t>();
+  }
+  STD_TORCH_CHECK(terms.dim() == 2 && terms.size(1) == 4 && terms.is_contiguous(), "terms must be [T, 4]");
+  const int64_t* codes = terms.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < terms.size(0); ++t, codes += 4) {
+    const fastcl::PairTerm term{static_cast<fastcl::Reduce>(codes[0]), static_cast<fastcl::Test>(codes[2]),
+                                static_cast<fastcl::Test>(codes[3])};
+    STD_TORCH_CHECK(term.target == fastcl::Test::kAbsent || target.has_value(), "the plan needs a target");
+    (codes[1] == 0 ? problem.row_terms : problem.column_terms).push_back(term);
+  }
+  STD_TORCH_CHECK(!symmetric || problem.column_terms.empty(), "a symmetric plan has row terms only");
+  return problem;
+}
+
+cpu::Workers workers() {
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t count, const std::function<void(int64_t)>& body) {
+            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) body(i);
+            });
+          }};
+}
+
+Tensor new_float(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns};
+  return torch::stable::new_empty(like, {sizes, 2}, ScalarType::Float);
+}
+
+const float* vectors(const Tensor& tensor, size_t terms, int64_t size, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == static_cast<int64_t>(terms) && tensor.size(1) == size &&
+                      tensor.is_contiguous(),
+                  name, " must be contiguous and have the shape of the plan's statistics");
+  return tensor.const_data_ptr<float>();
+}
+
+std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, double scale, double shift, double flag_below,
+                                      std::optional<Tensor> target, int64_t row0, int64_t col0, Tensor terms,
+                                      bool symmetric) {
+  const cpu::Problem problem = make_problem(a, b, scale, shift, flag_below, target, row0, col0, terms, symmetric);
+  Tensor rows = new_float(a, problem.row_terms.size(), problem.a.rows);
+  Tensor columns = new_float(a, problem.column_terms.size(), problem.b.rows);
+  cpu::statistics(problem, workers(), {rows.mutable_data_ptr<float>(), columns.mutable_data_ptr<float>()});
+  return {rows, columns};
+}
+
+std::tuple<Tensor, Tensor> gradient(Tensor a, std::optional<Tensor> b, double scale, double shift, double flag_below,
+                                    std::optional<Tensor> target, int64_t row0, int64_t col0, Tensor terms,
+                                    bool symmetric, Tensor rows, Tensor columns, Tensor grad_rows, Tensor grad_columns,
+                                    bool needs_a, bool needs_b) {
+  const cpu::Problem problem = make_problem(a, b, scale, shift, flag_below, target, row0, col0, terms, symmetric);
+  needs_b = needs_b && !symmetric;
+  const size_t row_terms = problem.row_terms.size();
+  const size_t column_terms = problem.column_terms.size();
+  const int64_t n = problem.a.rows;
+  const int64_t m = problem.b.rows;
+  Tensor product_a = new_float(a, needs_a ? n : 0, needs_a ? problem.a.depth : 0);
+  Tensor product_b = new_float(a, needs_b ? m : 0, needs_b ? problem.a.depth : 0);
+  cpu::gradient(problem, workers(), {vectors(rows, row_terms, n, "rows"), vectors(columns, column_terms, m, "columns")},
+                {vectors(grad_rows, row_terms, n, "grad_rows"), vectors(grad_columns, column_terms, m, "grad_columns")},
+                needs_a ? product_a.mutable_data_ptr<float>() : nullptr,
+                needs_b ? product_b.mutable_data_ptr<float>() : nullptr);
+  return {product_a, product_b};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastcl_cpu, m) {
+  m.def(
+      "statistics(Tensor a, Tensor? b, float scale, float shift, float flag_below, Tensor? target, int row0, int col0, "
+      "Tensor terms, bool symmetric) -> (Tensor, Tensor)");
+  m.def(
+      "gradient(Tensor a, Tensor? b, float scale, float shift, float flag_below, Tensor? target, int row0, int col0, "
+      "Tensor terms, bool symmetric, Tensor rows, Tensor columns, Tensor grad_rows, Tensor grad_columns, bool needs_a, "
+      "bool needs_b) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastcl_cpu, CPU, m) {
+  m.impl("statistics", TORCH_BOX(&statistics));
+  m.impl("gradient", TORCH_BOX(&gradient));
+}
+
+namespace {
+
+PyObject* level(PyObject*, PyObject*) {
+  try {
+    return PyUnicode_FromString(cpu::selected_level().c_str());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+}
+
+PyObject* levels(PyObject*, PyObject*) {
+  const std::vector<std::string> names = cpu::available_levels();
+  PyObject* list = PyList_New(static_cast<Py_ssize_t>(names.size()));
+  for (size_t i = 0; list != nullptr && i < names.size(); ++i) {
+    PyList_SetItem(list, static_cast<Py_ssize_t>(i), PyUnicode_FromString(names[i].c_str()));
+  }
+  return list;
+}
+
+PyMethodDef methods[] = {
+    {"level", level, METH_NOARGS, "The instruction-set level in use."},
+    {"levels", levels, METH_NOARGS, "The instruction-set levels this machine supports, best last."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "fastcl's C++ CPU engine.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module); }

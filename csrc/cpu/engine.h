@@ -1,0 +1,64 @@
+// The CPU engine's interface: statistics of S = scale * A @ B.T and the products of its gradient, on raw pointers.
+//
+// Nothing here knows Torch. The meaning of a plan is in fastcl/terms.py, that of a term in pair_terms.h.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "../pair_terms.h"
+
+namespace fastcl::cpu {
+
+enum class Dtype : int8_t { kFloat32, kBFloat16, kFloat16 };
+
+// A matrix in the caller's memory, with strides counted in elements.
+struct Matrix {
+  const void* data;
+  Dtype dtype;
+  int64_t rows;
+  int64_t depth;
+  int64_t row_stride;
+  int64_t depth_stride;
+};
+
+struct Problem {
+  Matrix a;
+  Matrix b;
+  bool symmetric;         // b is a, and only the pairs on and above the diagonal are computed
+  float scale;            //
+  float shift;            // c in exp(S - c)
+  float flag_below;       // a log-sum-exp L with L - c below this is not trusted
+  const int64_t* target;  // [a.rows] or null
+  int64_t row0;           // global index of a's first row
+  int64_t col0;
+  std::vector<PairTerm> row_terms;
+  std::vector<PairTerm> column_terms;
+};
+
+// How to run body(0) ... body(count - 1) on up to `threads` threads.
+struct Workers {
+  int threads;
+  std::function<void(int64_t count, const std::function<void(int64_t)>& body)> parallel_for;
+};
+
+// Values or gradients of all terms: rows [row_terms, a.rows] and columns [column_terms, b.rows].
+template <class Float>
+struct Vectors {
+  Float* rows;
+  Float* columns;
+};
+
+void statistics(const Problem& problem, const Workers& workers, Vectors<float> out);
+
+// a = W @ B [a.rows, depth] and b = W.T @ A [b.rows, depth], null where not wanted. Symmetric: a = (W + W.T) @ A.
+void gradient(const Problem& problem, const Workers& workers, Vectors<const float> statistics,
+              Vectors<const float> incoming, float* a, float* b);
+
+// The instruction-set levels this machine can run, best last, and the one in use: the best, or $FASTCL_CPU_LEVEL.
+std::vector<std::string> available_levels();
+std::string selected_level();
+
+}  // namespace fastcl::cpu

@@ -1,0 +1,112 @@
+// Backward: the factors of W along each axis from the statistics, then one sweep that accumulates the products.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "schedule.h"
+#include "sweep.h"
+
+namespace fastcl::cpu {
+namespace {
+
+constexpr int64_t kChunk = 256;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Bound on the copies of a product that let a short axis occupy many threads.
+constexpr int64_t kLaneBytes = int64_t{16} << 20;
+
+// An axis' dense terms as the sweep wants them: for an empty row L = -inf, which weighs nothing.
+struct AxisFactors {
+  std::vector<float> ratios;
+  std::vector<float> values;
+  std::vector<uint8_t> flagged;
+  std::vector<DenseSlope> dense;
+
+  AxisFactors(const Problem& problem, const std::vector<PairTerm>& terms, int64_t size, const float* statistics,
+              const float* incoming)
+      : ratios(terms.size() * size), values(terms.size() * size), flagged(size, !std::isfinite(problem.shift)) {
+    constexpr float kLog2E = 1.44269504088896340736f;
+    const double shift = static_cast<float>(problem.shift * kLog2E) * 0.693147180559945309417;
+    for (size_t t = 0; t < terms.size(); ++t) {
+      if (terms[t].reduce != Reduce::kLogSumExp || !is_dense(terms[t])) continue;
+      float* ratio = &ratios[t * size];
+      float* value = &values[t * size];
+      for (int64_t i = 0; i < size; ++i) {
+        const float l = statistics[t * size + i];
+        const bool empty = l == -kInfinity;
+        ratio[i] = empty ? 0.0f : static_cast<float>(std::exp(shift - l));
+        value[i] = empty ? kInfinity : l;
+        if (!empty && l - problem.shift < problem.flag_below) flagged[i] = 1;
+      }
+      dense.push_back({incoming + t * size, ratio, value});
+    }
+  }
+
+  AxisGradient axis(int64_t size, const float* statistics, const float* incoming, float* product, float* lanes) const {
+    return {dense.data(), static_cast<int>(dense.size()), statistics, incoming, flagged.data(), size, product, lanes};
+  }
+};
+
+// A product of [size, depth] and the copies that lanes 1, 2, ... accumulate into.
+class Product {
+ public:
+  Product(float* out, int64_t size, int64_t lanes, const Workers& workers)
+      : out_(out), size_(size), workers_(workers), lanes_(out == nullptr ? 0 : (lanes - 1) * size) {
+    if (out == nullptr) return;
+    for_each_chunk([&](int64_t begin, int64_t end) { std::memset(out_ + begin, 0, sizeof(float) * (end - begin)); });
+  }
+
+  float* lanes() { return lanes_.data(); }
+
+  void merge() {
+    if (lanes_.empty()) return;
+    for_each_chunk([&](int64_t begin, int64_t end) {
+      for (const float* lane = lanes_.data(); lane != lanes_.data() + lanes_.size(); lane += size_) {
+        for (int64_t i = begin; i < end; ++i) out_[i] += lane[i];
+      }
+    });
+  }
+
+ private:
+  void for_each_chunk(const std::function<void(int64_t, int64_t)>& body) {
+    const int64_t chunk = kChunk * 1024;
+    workers_.parallel_for((size_ + chunk - 1) / chunk,
+                          [&](int64_t c) { body(c * chunk, std::min(size_, (c + 1) * chunk)); });
+  }
+
+  float* out_;
+  int64_t size_;
+  const Workers& workers_;
+  std::vector<float> lanes_;
+};
+
+}  // namespace
+
+void gradient(const Problem& problem, const Workers& workers, Vectors<const float> statistics,
+              Vectors<const float> incoming, float* a, float* b) {
+  if (a == nullptr && b == nullptr) return;
+  const Level& level = selected();
+  const Sweep sweep = make_sweep(problem);
+  const int64_t n = sweep.x.rows;
+  const int64_t m = sweep.y.rows;
+  const int64_t depth = sweep.x.depth;
+  const Writes writes = problem.symmetric ? Writes::kSymmetric
+                        : b == nullptr    ? Writes::kRows
+                        : a == nullptr    ? Writes::kColumns
+                                          : Writes::kBoth;
+  const int64_t short_axis = sizeof(float) * depth * (b == nullptr ? n : a == nullptr ? m : std::min(n, m));
+  const Schedule schedule(row_blocks(sweep), column_blocks(sweep), writes, 1 + kLaneBytes / short_axis);
+  Product product_a(a, n * depth, schedule.row_lanes(), workers);
+  Product product_b(b, m * depth, schedule.column_lanes(), workers);
+  const AxisFactors row_factors(problem, problem.row_terms, n, statistics.rows, incoming.rows);
+  const AxisFactors column_factors(problem, problem.column_terms, m, statistics.columns, incoming.columns);
+  const AxisGradient rows = row_factors.axis(n, statistics.rows, incoming.rows, a, product_a.lanes());
+  const AxisGradient columns =
+      problem.symmetric ? rows : column_factors.axis(m, statistics.columns, incoming.columns, b, product_b.lanes());
+  schedule.run(worth(workers, sweep), level.workspace_bytes(sweep),
+               [&](const Task& task, void* memory) { level.gradient(sweep, rows, columns, task, memory); });
+  product_a.merge();
+  product_b.merge();
+}
+
+}  // namespace fastcl::cpu

@@ -1,0 +1,116 @@
+// What the engine's drivers ask of the code that is compiled once for each instruction-set level.
+//
+// Only plain structs and function pointers: code of the standard library that is compiled for one level must not be
+// linked into another.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "engine.h"
+
+namespace fastcl::cpu {
+
+// Rows and columns of a tile of S. A multiple of every level's strip (12 or 6 rows) and panel (32, 16 or 8 columns).
+constexpr int64_t kTile = 192;
+
+// Dense log-sum-exp terms along one axis.
+constexpr int kMaxDense = 4;
+
+// Which of the two special relations a pair (x, y) has, x and y being row numbers of the two operands.
+struct PairTests {
+  bool uses_self;
+  bool mirrored;            // column terms test y's target instead of x's (symmetric plans)
+  int64_t x0;               // global index of row 0 of x
+  int64_t y0;               //
+  const int64_t* x_target;  // null where no term tests it
+  const int64_t* y_target;
+};
+
+// The terms along one axis, and what they need of the pairs that are not exceptional.
+struct AxisTerms {
+  const PairTerm* terms;
+  int count;
+  bool dense_sum;
+  bool dense_max;
+};
+
+// A sweep over the tiles of S = scale * X @ Y.T.
+struct Sweep {
+  Matrix x;
+  Matrix y;
+  const int64_t* x_index;  // sweep only these x_count rows of x; null for all
+  int64_t x_count;
+  bool symmetric;
+  int64_t row_block;  // rows of a block of tiles, a multiple of kTile
+  int64_t column_block;
+  float scale;
+  float shift;
+  PairTests tests;
+  AxisTerms rows;
+  AxisTerms columns;
+};
+
+struct BlockRange {
+  int64_t begin;
+  int64_t end;
+  int64_t step;
+};
+
+// Blocks of S that one thread computes, and the accumulators it alone may write meanwhile.
+struct Task {
+  BlockRange rows;
+  BlockRange columns;
+  int64_t row_lane;
+  int64_t column_lane;
+};
+
+// Running values along one axis of length `size`, one set for each lane.
+struct Accumulators {
+  double* values;
+  int64_t size;
+  int terms;
+
+  int64_t lane_size() const { return (2 + terms) * size; }
+  // Sum of exp(S - shift), and maximum of S, over the pairs that are not exceptional.
+  double* dense_sum(int64_t lane) const { return values + lane * lane_size(); }
+  double* dense_max(int64_t lane) const { return dense_sum(lane) + size; }
+  // The value of a term over the exceptional pairs it admits.
+  double* exceptional(int64_t lane, int term) const { return dense_sum(lane) + (2 + term) * size; }
+};
+
+// What a dense log-sum-exp term contributes to W along one axis.
+struct DenseSlope {
+  const float* gradient;  // g
+  const float* ratio;     // exp(shift - L), 0 for an empty row
+  const float* value;     // L, +inf for an empty row
+};
+
+// One axis of the gradient: W's factors along it, and the product that is accumulated along it.
+struct AxisGradient {
+  const DenseSlope* dense;
+  int dense_count;
+  const float* values;     // [terms, size] statistics
+  const float* incoming;   // [terms, size] gradients with respect to them
+  const uint8_t* flagged;  // [size]
+  int64_t size;
+  float* product;  // [size, depth], null where not wanted
+  float* lanes;    // the same for lanes 1, 2, ...
+
+  float* lane_product(int64_t lane, int64_t depth) const {
+    return lane == 0 ? product : lanes + (lane - 1) * size * depth;
+  }
+};
+
+struct Level {
+  const char* name;
+  size_t (*workspace_bytes)(const Sweep&);
+  void (*statistics)(const Sweep&, const Accumulators& rows, const Accumulators& columns, const Task&, void* workspace);
+  // The log-sum-exp of the dense pairs of the rows in x_index, with a running maximum in place of the shift.
+  void (*running)(const Sweep&, const Task&, double* values, void* workspace);
+  void (*gradient)(const Sweep&, const AxisGradient& rows, const AxisGradient& columns, const Task&, void* workspace);
+};
+
+const Level& selected();
+
+}  // namespace fastcl::cpu

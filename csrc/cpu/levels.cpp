@@ -1,0 +1,55 @@
+// Which instruction-set level runs: the best this machine supports, or the one named by $FASTCL_CPU_LEVEL.
+#include <cstdlib>
+#include <stdexcept>
+
+#include "level.h"
+
+namespace fastcl::cpu {
+
+extern const Level level_baseline;
+#ifdef __x86_64__
+extern const Level level_avx2;
+extern const Level level_avx512;
+extern const Level level_avx512_bf16;
+#endif
+
+namespace {
+
+std::vector<const Level*> supported_levels() {
+  std::vector<const Level*> levels{&level_baseline};
+#ifdef __x86_64__
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) levels.push_back(&level_avx2);
+  if (avx512) levels.push_back(&level_avx512);
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) levels.push_back(&level_avx512_bf16);
+#endif
+  return levels;
+}
+
+const std::vector<const Level*>& supported() {
+  static const std::vector<const Level*> levels = supported_levels();
+  return levels;
+}
+
+}  // namespace
+
+const Level& selected() {
+  const char* wanted = std::getenv("FASTCL_CPU_LEVEL");
+  if (wanted == nullptr || *wanted == '\0') return *supported().back();
+  for (const Level* level : supported()) {
+    if (std::string(wanted) == level->name) return *level;
+  }
+  throw std::invalid_argument("FASTCL_CPU_LEVEL=" + std::string(wanted) + " is not a level this machine supports");
+}
+
+std::vector<std::string> available_levels() {
+  std::vector<std::string> names;
+  for (const Level* level : supported()) names.push_back(level->name);
+  return names;
+}
+
+std::string selected_level() { return selected().name; }
+
+}  // namespace fastcl::cpu

@@ -1,0 +1,107 @@
+// The one inner loop of the engine: OUT[kStrip x columns] (+)= LEFT @ RIGHT, used for S, for W @ B and for W.T @ A.
+//
+// LEFT is broadcast element by element, RIGHT is read in vectors. Both are arrays of 32-bit words: a float each, or a
+// pair of bfloat16 that are neighbours along the summed dimension (`kPairs` numbers in a word).
+#pragma once
+
+#include <cstring>
+
+#include "vector.h"
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace fastcl::cpu {
+namespace {
+
+struct FloatDot {
+  static constexpr int kPairs = 1;
+  using Word = Vector;
+  static Word broadcast_word(const float* p) { return broadcast(*p); }
+  static Word load_words(const float* p) { return load(p); }
+  static Vector multiply_add(Word x, Word y, Vector sum) { return x * y + sum; }
+};
+
+#ifdef __AVX512BF16__
+struct BFloat16Dot {
+  static constexpr int kPairs = 2;
+  using Word = __m512bh;
+  static Word broadcast_word(const float* p) {
+    int32_t word;
+    std::memcpy(&word, p, sizeof word);
+    return (__m512bh)_mm512_set1_epi32(word);
+  }
+  static Word load_words(const float* p) { return (__m512bh)_mm512_loadu_ps(p); }
+  static Vector multiply_add(Word x, Word y, Vector sum) { return (Vector)_mm512_dpbf16_ps((__m512)sum, x, y); }
+};
+#endif
+
+// Where LEFT[row, k] lies: row-major has its `pitch` between rows, column-major between values of k.
+enum class Layout { kRowMajor, kColumnMajor };
+
+template <class Dot, Layout kLayout, int kVectors>
+inline void multiply_strip(const float* left, ptrdiff_t left_pitch, const float* right, ptrdiff_t right_pitch,
+                           int64_t depth, bool accumulate, float* out, ptrdiff_t out_pitch) {
+  Vector sums[kStrip][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kStrip; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = Vector{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    typename Dot::Word columns[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) columns[v] = Dot::load_words(right + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < kStrip; ++r) {
+      const typename Dot::Word row =
+          Dot::broadcast_word(kLayout == Layout::kRowMajor ? left + r * left_pitch : left + r);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = Dot::multiply_add(row, columns[v], sums[r][v]);
+    }
+    right += right_pitch;
+    left += kLayout == Layout::kRowMajor ? 1 : left_pitch;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kStrip; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      float* p = out + r * out_pitch + v * kLanes;
+      store(p, accumulate ? load(p) + sums[r][v] : sums[r][v]);
+    }
+  }
+}
+
+// OUT[rows, columns] += LEFT[rows, k] @ RIGHT[k, columns], rows and columns of any number. LEFT is padded to whole
+// strips and RIGHT to whole vectors; OUT, the caller's memory, is not, so that its ragged edges go through a scratch.
+template <class Dot, Layout kLayout>
+inline void add_product(const float* left, ptrdiff_t left_pitch, const float* right, ptrdiff_t right_pitch,
+                        int64_t depth, float* out, int64_t rows, int64_t columns) {
+  // A panel of RIGHT stays in the first-level cache while LEFT streams past it.
+  for (int64_t column = 0; column < columns; column += kPanel) {
+    const int64_t width = smaller(columns - column, kPanel);
+    for (int64_t row = 0; row < rows; row += kStrip) {
+      const int64_t height = smaller(rows - row, kStrip);
+      const float* strip = kLayout == Layout::kRowMajor ? left + row * left_pitch : left + row;
+      float* target = out + row * columns + column;
+      alignas(64) float scratch[kStrip * kPanel];
+      const bool whole = height == kStrip && (width == kPanel || width == kLanes);
+      float* destination = whole ? target : scratch;
+      const int64_t pitch = whole ? columns : kPanel;
+      if (width > kLanes) {
+        multiply_strip<Dot, kLayout, 2>(strip, left_pitch, right + column, right_pitch, depth, whole, destination,
+                                        pitch);
+      } else {
+        multiply_strip<Dot, kLayout, 1>(strip, left_pitch, right + column, right_pitch, depth, whole, destination,
+                                        pitch);
+      }
+      if (whole) continue;
+      for (int64_t r = 0; r < height; ++r) {
+        for (int64_t c = 0; c < width; ++c) target[r * columns + c] += scratch[r * kPanel + c];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastcl::cpu

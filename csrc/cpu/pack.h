@@ -1,0 +1,136 @@
+// Copies of a tile's rows in the layouts that the micro-kernel reads, converted and zero-padded on the way.
+//
+//   rows    [row][word]          one row after another: LEFT of S = A @ B.T
+//   panels  [panel][word][column] transposed, kPanel columns abreast: RIGHT of S
+//   pairs   [row / 2][depth]      two rows interleaved in a word: RIGHT of the gradient's products
+//
+// With a float in each word, pairs and rows are the same thing.
+#pragma once
+
+#include <cstring>
+
+#include "level.h"
+#include "microkernel.h"
+#include "vector.h"
+
+#if defined(__clang__)
+#define FASTCL_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define FASTCL_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, FourIndices{__VA_ARGS__})
+#endif
+
+namespace fastcl::cpu {
+namespace {
+
+inline float widen_bfloat16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline float widen_float16(uint16_t x) {
+  // The exponent is rebased by a multiplication, which also normalises subnormal numbers.
+  const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fff) << 13;
+  float value;
+  std::memcpy(&value, &magnitude, sizeof value);
+  value *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  bits |= (x & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u;
+  bits |= static_cast<uint32_t>(x & 0x8000) << 16;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <class To, class From, class Convert>
+inline void copy_row(const void* data, int64_t offset, int64_t stride, int64_t depth, float* words, Convert convert) {
+  const From* from = static_cast<const From*>(data) + offset;
+  To* to = reinterpret_cast<To*>(words);
+  if (stride == 1) {
+    for (int64_t d = 0; d < depth; ++d) to[d] = convert(from[d]);
+  } else {
+    for (int64_t d = 0; d < depth; ++d) to[d] = convert(from[d * stride]);
+  }
+}
+
+// Words in a row of `depth` numbers.
+template <class Dot>
+inline int64_t row_words(int64_t depth) {
+  return (depth + Dot::kPairs - 1) / Dot::kPairs;
+}
+
+// Distance between rows: whole cache lines, an odd number of them, so that a strip's rows fall into different sets.
+inline int64_t row_pitch(int64_t words) { return ((words + 15) / 16 | 1) * 16; }
+
+template <class Dot>
+inline void pack_rows(const Matrix& matrix, const int64_t* index, int64_t begin, int64_t count, int64_t padded_count,
+                      float* words, int64_t pitch) {
+  for (int64_t r = 0; r < padded_count; ++r, words += pitch) {
+    int64_t filled = 0;
+    if (r < count) {
+      const int64_t offset = (index != nullptr ? index[begin + r] : begin + r) * matrix.row_stride;
+      const int64_t depth = matrix.depth;
+      if (Dot::kPairs == 2) {
+        copy_row<uint16_t, uint16_t>(matrix.data, offset, matrix.depth_stride, depth, words,
+                                     [](uint16_t x) { return x; });
+        if (depth % 2 != 0) reinterpret_cast<uint16_t*>(words)[depth] = 0;
+      } else if (matrix.dtype == Dtype::kFloat32) {
+        copy_row<float, float>(matrix.data, offset, matrix.depth_stride, depth, words, [](float x) { return x; });
+      } else if (matrix.dtype == Dtype::kBFloat16) {
+        copy_row<float, uint16_t>(matrix.data, offset, matrix.depth_stride, depth, words, widen_bfloat16);
+      } else {
+        copy_row<float, uint16_t>(matrix.data, offset, matrix.depth_stride, depth, words, widen_float16);
+      }
+      filled = row_words<Dot>(depth);
+    }
+    std::memset(words + filled, 0, sizeof(float) * (pitch - filled));
+  }
+}
+
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourIndices __attribute__((vector_size(16)));
+typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
+
+// `panels` from `rows`, four by four words at a time.
+inline void pack_panels(const float* rows, int64_t pitch, int64_t padded_count, int64_t words, float* panels) {
+  for (int64_t panel = 0; panel < padded_count; panel += kPanel, panels += kPanel * words) {
+    for (int64_t c = 0; c < kPanel; c += 4) {
+      const float* source = rows + (panel + c) * pitch;
+      int64_t k = 0;
+      for (; k + 4 <= words; k += 4) {
+        const Four r0 = *reinterpret_cast<const UnalignedFour*>(source + k);
+        const Four r1 = *reinterpret_cast<const UnalignedFour*>(source + pitch + k);
+        const Four r2 = *reinterpret_cast<const UnalignedFour*>(source + 2 * pitch + k);
+        const Four r3 = *reinterpret_cast<const UnalignedFour*>(source + 3 * pitch + k);
+        const Four low01 = FASTCL_SHUFFLE(r0, r1, 0, 4, 1, 5);
+        const Four low23 = FASTCL_SHUFFLE(r2, r3, 0, 4, 1, 5);
+        const Four high01 = FASTCL_SHUFFLE(r0, r1, 2, 6, 3, 7);
+        const Four high23 = FASTCL_SHUFFLE(r2, r3, 2, 6, 3, 7);
+        float* target = panels + k * kPanel + c;
+        *reinterpret_cast<UnalignedFour*>(target) = FASTCL_SHUFFLE(low01, low23, 0, 1, 4, 5);
+        *reinterpret_cast<UnalignedFour*>(target + kPanel) = FASTCL_SHUFFLE(low01, low23, 2, 3, 6, 7);
+        *reinterpret_cast<UnalignedFour*>(target + 2 * kPanel) = FASTCL_SHUFFLE(high01, high23, 0, 1, 4, 5);
+        *reinterpret_cast<UnalignedFour*>(target + 3 * kPanel) = FASTCL_SHUFFLE(high01, high23, 2, 3, 6, 7);
+      }
+      for (; k < words; ++k) {
+        for (int64_t i = 0; i < 4; ++i) panels[k * kPanel + c + i] = source[i * pitch + k];
+      }
+    }
+  }
+}
+
+// `pairs` from `rows` that hold two bfloat16 in a word.
+inline void pack_pairs(const float* rows, int64_t pitch, int64_t padded_count, int64_t depth, float* pairs,
+                       int64_t pairs_pitch) {
+  for (int64_t r = 0; r < padded_count; r += 2, pairs += pairs_pitch) {
+    const uint16_t* even = reinterpret_cast<const uint16_t*>(rows + r * pitch);
+    const uint16_t* odd = reinterpret_cast<const uint16_t*>(rows + (r + 1) * pitch);
+    uint32_t* out = reinterpret_cast<uint32_t*>(pairs);
+    for (int64_t d = 0; d < depth; ++d) out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
+    std::memset(pairs + depth, 0, sizeof(float) * (pairs_pitch - depth));
+  }
+}
+
+}  // namespace
+}  // namespace fastcl::cpu

@@ -1,0 +1,63 @@
+// From a problem to the sweep that the levels execute.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "schedule.h"
+
+namespace fastcl::cpu {
+
+inline AxisTerms describe(const std::vector<PairTerm>& terms, float shift) {
+  AxisTerms axis{terms.data(), static_cast<int>(terms.size()), false, false};
+  for (const PairTerm& term : terms) {
+    if (!is_dense(term)) continue;
+    // Without a finite shift every row is computed with a running maximum anyway.
+    axis.dense_sum |= term.reduce == Reduce::kLogSumExp && std::isfinite(shift);
+    axis.dense_max |= term.reduce == Reduce::kMax;
+  }
+  return axis;
+}
+
+inline Sweep make_sweep(const Problem& problem) {
+  Sweep sweep{};
+  sweep.x = problem.a;
+  sweep.y = problem.symmetric ? problem.a : problem.b;
+  sweep.x_count = sweep.x.rows;
+  sweep.symmetric = problem.symmetric;
+  sweep.row_block = block_size(sweep.x.rows);
+  sweep.column_block = block_size(sweep.y.rows);
+  sweep.scale = problem.scale;
+  sweep.shift = problem.shift;
+  sweep.rows = describe(problem.row_terms, problem.shift);
+  // The tile (i, j) of a symmetric plan serves row i as the pair (i, j) and row j as the pair (j, i).
+  sweep.columns = problem.symmetric ? sweep.rows : describe(problem.column_terms, problem.shift);
+  sweep.tests = {false, problem.symmetric, problem.row0, problem.col0, nullptr, nullptr};
+  for (const auto* terms : {&problem.row_terms, &problem.column_terms}) {
+    for (const PairTerm& term : *terms) {
+      sweep.tests.uses_self |= term.self_pair != Test::kAbsent;
+      if (term.target != Test::kAbsent) sweep.tests.x_target = problem.target;
+    }
+  }
+  if (problem.symmetric) sweep.tests.y_target = sweep.tests.x_target;
+  return sweep;
+}
+
+// The same pairs with rows and columns exchanged.
+inline Sweep transposed(Sweep sweep) {
+  std::swap(sweep.x, sweep.y);
+  std::swap(sweep.row_block, sweep.column_block);
+  std::swap(sweep.rows, sweep.columns);
+  std::swap(sweep.tests.x0, sweep.tests.y0);
+  std::swap(sweep.tests.x_target, sweep.tests.y_target);
+  sweep.x_count = sweep.x.rows;
+  return sweep;
+}
+
+inline int64_t row_blocks(const Sweep& sweep) { return (sweep.x.rows + sweep.row_block - 1) / sweep.row_block; }
+inline int64_t column_blocks(const Sweep& sweep) {
+  return (sweep.y.rows + sweep.column_block - 1) / sweep.column_block;
+}
+
+}  // namespace fastcl::cpu

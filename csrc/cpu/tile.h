@@ -1,0 +1,260 @@
+// A tile of S: its logits strip by strip, with the exceptional pairs taken out.
+//
+// A pair is exceptional where a term's mask could tell it from the others: at most a few in a row. The vector code sees
+// every other pair, for which all dense terms agree. Exceptional pairs are set to a logit of -inf before, and added by
+// scalar code to exactly the terms that admit them after.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "level.h"
+#include "microkernel.h"
+#include "pack.h"
+
+namespace fastcl::cpu {
+namespace {
+
+constexpr int64_t kTilePitch = kTile + 16;
+constexpr int64_t kStrips = kTile / kStrip;
+// The summed dimension is cut so that the columns' panels of one cut stay in the second-level cache.
+constexpr int64_t kDepthCut = 512;
+
+static_assert(kTile % kStrip == 0 && kTile % kPanel == 0, "a tile is made of whole strips and panels");
+static_assert(kStrip % 2 == 0, "rows are interleaved in pairs");
+
+struct Tile {
+  int64_t row;     // first row, counted in Sweep::x_index where there is one
+  int64_t rows;    //
+  int64_t column;  // first column
+  int64_t columns;
+  bool diagonal;  // a symmetric plan's square tile on the diagonal, which serves its rows only
+};
+
+struct Exceptional {
+  int32_t row;  // within the tile
+  int32_t column;
+  float dot;
+};
+
+struct ExceptionalPairs {
+  Exceptional pairs[3 * kTile];
+  int32_t strip_end[kStrips + 1];  // pairs of strip s are strip_end[s] up to strip_end[s + 1]
+};
+
+// The outcomes of the tests for one pair.
+struct PairOutcome {
+  bool self_pair;
+  bool row_target;
+  bool column_target;
+};
+
+inline bool hits(const int64_t* target, int64_t from, int64_t to) { return target != nullptr && target[from] == to; }
+
+inline PairOutcome test_pair(const PairTests& tests, int64_t x, int64_t y) {
+  const bool x_hits = hits(tests.x_target, x, y + tests.y0);
+  const bool y_hits = hits(tests.y_target, y, x + tests.x0);
+  const bool self_pair = tests.uses_self && x + tests.x0 == y + tests.y0;
+  if (tests.mirrored) return {self_pair, x_hits, y_hits};
+  return {self_pair, x_hits || y_hits, x_hits || y_hits};
+}
+
+inline int64_t row_of(const Sweep& sweep, int64_t row) { return sweep.x_index != nullptr ? sweep.x_index[row] : row; }
+
+// Where `global` lies among `count` consecutive numbers from `first`, or -1. Any int64 is allowed as a target.
+inline int64_t position(int64_t global, int64_t first, int64_t count) {
+  const uint64_t offset = static_cast<uint64_t>(global) - static_cast<uint64_t>(first);
+  return offset < static_cast<uint64_t>(count) ? static_cast<int64_t>(offset) : -1;
+}
+
+// Where `wanted` lies in a rising list, or -1.
+inline int64_t search(const int64_t* list, int64_t count, int64_t wanted) {
+  int64_t low = 0;
+  for (int64_t high = count; low < high;) {
+    const int64_t middle = low + (high - low) / 2;
+    if (list[middle] < wanted) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low < count && list[low] == wanted ? low : -1;
+}
+
+inline void find_exceptional(const Sweep& sweep, const Tile& tile, ExceptionalPairs& found) {
+  const PairTests& tests = sweep.tests;
+  Exceptional unsorted[3 * kTile];
+  int32_t count = 0;
+  int32_t strip_count[kStrips] = {};
+  const auto add = [&](int64_t row, int64_t column) {
+    unsorted[count++] = {static_cast<int32_t>(row), static_cast<int32_t>(column), 0.0f};
+    ++strip_count[row / kStrip];
+  };
+  const int64_t first_column = tests.y0 + tile.column;
+  for (int64_t row = 0; row < tile.rows && (tests.uses_self || tests.x_target != nullptr); ++row) {
+    const int64_t x = row_of(sweep, tile.row + row);
+    const int64_t self = tests.uses_self ? position(x + tests.x0, first_column, tile.columns) : -1;
+    const int64_t target = tests.x_target != nullptr ? position(tests.x_target[x], first_column, tile.columns) : -1;
+    if (self >= 0) add(row, self);
+    if (target >= 0 && target != self) add(row, target);
+  }
+  for (int64_t column = 0; column < tile.columns && tests.y_target != nullptr; ++column) {
+    const int64_t y = tile.column + column;
+    int64_t row;
+    if (sweep.x_index == nullptr) {
+      row = position(tests.y_target[y], tests.x0 + tile.row, tile.rows);
+    } else {
+      row = search(sweep.x_index + tile.row, tile.rows, position(tests.y_target[y], tests.x0, sweep.x.rows));
+    }
+    if (row < 0) continue;
+    const int64_t x = row_of(sweep, tile.row + row);
+    const bool found_above = (tests.uses_self && x + tests.x0 == y + tests.y0) || hits(tests.x_target, x, y + tests.y0);
+    if (!found_above) add(row, column);
+  }
+  found.strip_end[0] = 0;
+  int32_t next[kStrips];
+  for (int64_t s = 0; s < kStrips; ++s) {
+    next[s] = found.strip_end[s];
+    found.strip_end[s + 1] = found.strip_end[s] + strip_count[s];
+  }
+  for (int32_t i = 0; i < count; ++i) found.pairs[next[unsorted[i].row / kStrip]++] = unsorted[i];
+}
+
+// The buffers of one thread. W is kept twice for pairs of bfloat16, as each product pairs another dimension.
+struct Workspace {
+  float* x_rows;
+  float* x_pairs;
+  float* y_rows;
+  float* y_pairs;
+  float* y_panels;
+  float* logits;     // [kTile][kTilePitch]
+  float* w_rows;     // LEFT of W @ Y
+  float* w_columns;  // LEFT of W.T @ X
+  float* column_sums;
+  ExceptionalPairs* exceptional;
+};
+
+// Lays the buffers out from `base`, or only counts their bytes where it is null.
+template <class Dot>
+inline size_t lay_out(const Sweep& sweep, char* base, Workspace& space) {
+  const int64_t words = row_words<Dot>(sweep.y.depth);
+  const int64_t depth_pitch = row_pitch(sweep.y.depth);
+  size_t used = 0;
+  const auto take = [&](int64_t floats) {
+    float* p = reinterpret_cast<float*>(base + used);
+    used += static_cast<size_t>(round_up(floats * sizeof(float), 64));
+    return p;
+  };
+  const bool paired = Dot::kPairs == 2;
+  const int64_t x_tile = smaller(round_up(sweep.x_count, kStrip), kTile);
+  const int64_t y_tile = smaller(round_up(sweep.y.rows, kPanel), kTile);
+  space.x_rows = take(x_tile * row_pitch(words));
+  space.x_pairs = paired ? take(x_tile / 2 * depth_pitch) : space.x_rows;
+  space.y_rows = take(y_tile * row_pitch(words));
+  space.y_pairs = paired ? take(y_tile / 2 * depth_pitch) : space.y_rows;
+  space.y_panels = take(y_tile * words);
+  space.logits = take(x_tile * kTilePitch);
+  space.w_rows = paired ? take(x_tile * kTilePitch / 2) : space.logits;
+  space.w_columns = paired ? take(x_tile * kTilePitch / 2) : space.logits;
+  space.column_sums = take(kTile);
+  space.exceptional = reinterpret_cast<ExceptionalPairs*>(take(sizeof(ExceptionalPairs) / sizeof(float) + 1));
+  return used;
+}
+
+template <class Dot>
+inline void pack_columns(const Sweep& sweep, const Tile& tile, bool pairs, const Workspace& space) {
+  const int64_t words = row_words<Dot>(sweep.y.depth);
+  const int64_t padded = round_up(tile.columns, kPanel);
+  pack_rows<Dot>(sweep.y, nullptr, tile.column, tile.columns, padded, space.y_rows, row_pitch(words));
+  pack_panels(space.y_rows, row_pitch(words), padded, words, space.y_panels);
+  if (pairs && Dot::kPairs == 2) {
+    pack_pairs(space.y_rows, row_pitch(words), padded, sweep.y.depth, space.y_pairs, row_pitch(sweep.y.depth));
+  }
+}
+
+template <class Dot>
+inline void pack_tile_rows(const Sweep& sweep, const Tile& tile, bool pairs, const Workspace& space) {
+  const int64_t words = row_words<Dot>(sweep.x.depth);
+  const int64_t padded = round_up(tile.rows, kStrip);
+  pack_rows<Dot>(sweep.x, sweep.x_index, tile.row, tile.rows, padded, space.x_rows, row_pitch(words));
+  if (pairs && Dot::kPairs == 2) {
+    pack_pairs(space.x_rows, row_pitch(words), padded, sweep.x.depth, space.x_pairs, row_pitch(sweep.x.depth));
+  }
+}
+
+// What the exponential needs to know of the scale. An excluded pair's dot must become a logit of -inf, so a scale of
+// zero is replaced by one that is too small to matter.
+struct Scale {
+  explicit Scale(float scale) : logit(scale == 0.0f ? FLT_MIN : scale), excluded(scale < 0.0f ? INFINITY : -INFINITY) {}
+  float logit;
+  float excluded;
+};
+
+// Calls strip(first row, its dots, vectors in a row) for each strip of the tile, once its dots <x, y> are complete and
+// the exceptional pairs and the padding are excluded from them. The dots of a strip lie kTilePitch apart; they are kept
+// for the whole tile if `keep`.
+template <class Dot, class Strip>
+inline void for_each_strip(const Sweep& sweep, const Tile& tile, const Workspace& space, bool keep, Strip&& strip) {
+  find_exceptional(sweep, tile, *space.exceptional);
+  const float excluded = Scale(sweep.scale).excluded;
+  const int64_t words = row_words<Dot>(sweep.x.depth);
+  const int64_t pitch = row_pitch(words);
+  const int64_t vectors = (tile.columns + kLanes - 1) / kLanes;
+  for (int64_t begin = 0; begin < words || begin == 0; begin += kDepthCut) {
+    const int64_t cut = smaller(words - begin, kDepthCut);
+    const bool last = begin + cut == words;
+    const bool whole_tile = keep || cut < words;
+    for (int64_t row = 0; row < tile.rows; row += kStrip) {
+      float* dots = space.logits + (whole_tile ? row * kTilePitch : 0);
+      const float* left = space.x_rows + row * pitch + begin;
+      for (int64_t v = 0; v < vectors; v += 2) {
+        const float* right = space.y_panels + v * kLanes * words + begin * kPanel;
+        if (v + 1 < vectors) {
+          multiply_strip<Dot, Layout::kRowMajor, 2>(left, pitch, right, kPanel, cut, begin > 0, dots + v * kLanes,
+                                                    kTilePitch);
+        } else {
+          multiply_strip<Dot, Layout::kRowMajor, 1>(left, pitch, right, kPanel, cut, begin > 0, dots + v * kLanes,
+                                                    kTilePitch);
+        }
+      }
+      if (!last) continue;
+      const int64_t s = row / kStrip;
+      for (int32_t i = space.exceptional->strip_end[s]; i < space.exceptional->strip_end[s + 1]; ++i) {
+        Exceptional& pair = space.exceptional->pairs[i];
+        float& dot = dots[(pair.row - row) * kTilePitch + pair.column];
+        pair.dot = dot;
+        dot = excluded;
+      }
+      for (int64_t r = 0; r < kStrip; ++r) {
+        const int64_t from = row + r < tile.rows ? tile.columns : 0;
+        for (int64_t c = from; c < vectors * kLanes; ++c) dots[r * kTilePitch + c] = excluded;
+      }
+      strip(row, dots, vectors);
+    }
+  }
+}
+
+// Calls visit(tile) for each tile of the task; pack(tile) before the first of each column of tiles.
+template <class Pack, class Visit>
+inline void for_each_tile(const Sweep& sweep, const Task& task, Pack&& pack, Visit&& visit) {
+  for (int64_t cb = task.columns.begin; cb < task.columns.end; cb += task.columns.step) {
+    const int64_t column_end = smaller((cb + 1) * sweep.column_block, sweep.y.rows);
+    for (int64_t column = cb * sweep.column_block; column < column_end; column += kTile) {
+      Tile tile{0, 0, column, smaller(column_end - column, kTile), false};
+      pack(tile);
+      for (int64_t rb = task.rows.begin; rb < task.rows.end; rb += task.rows.step) {
+        const int64_t row_end = smaller((rb + 1) * sweep.row_block, sweep.x_count);
+        for (int64_t row = rb * sweep.row_block; row < row_end; row += kTile) {
+          if (sweep.symmetric && row > column) break;
+          tile.row = row;
+          tile.rows = smaller(row_end - row, kTile);
+          tile.diagonal = sweep.symmetric && row == column;
+          visit(tile);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastcl::cpu

@@ -1,0 +1,44 @@
+// Vectors of one instruction-set level, by the compiler's vector extensions. FASTCL_LANES floats each.
+//
+// This header and the others of the tile engine have internal linkage throughout: each is compiled once for a level.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastcl::cpu {
+namespace {
+
+constexpr int kLanes = FASTCL_LANES;
+// The micro-kernel holds kStrip x 2 accumulators: 24 of 32 registers, or 12 of 16.
+constexpr int kStrip = FASTCL_STRIP;
+constexpr int kPanel = 2 * kLanes;
+
+typedef float Vector __attribute__((vector_size(4 * FASTCL_LANES)));
+typedef int32_t IntVector __attribute__((vector_size(4 * FASTCL_LANES)));
+typedef float UnalignedVector __attribute__((vector_size(4 * FASTCL_LANES), aligned(4), may_alias));
+
+inline Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
+inline void store(float* p, Vector v) { *reinterpret_cast<UnalignedVector*>(p) = v; }
+inline Vector broadcast(float x) { return x - Vector{}; }
+
+inline float sum(Vector v) {
+  float total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
+  return total;
+}
+
+// The larger of each pair, NaN where either is.
+inline Vector larger(Vector x, Vector y) { return ((x > y) | (x != x)) ? x : y; }
+
+inline float largest(Vector v) {
+  float result = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) result = v[lane] > result || v[lane] != v[lane] ? v[lane] : result;
+  return result;
+}
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace
+}  // namespace fastcl::cpu

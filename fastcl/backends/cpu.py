@@ -1,0 +1,125 @@
+"""The C++ CPU engine: a tile engine compiled for each instruction set, in ``csrc/``.
+
+May import :mod:`fastcl.terms`, :mod:`fastcl.backends.shift` and the extension ``fastcl._C``, which is loaded on first
+use. Everything here is the translation of a call into the operators ``fastcl_cpu::statistics`` and ``::gradient``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastcl.backends.shift import fixed_shift, flag_threshold
+from fastcl.terms import Axis, Operands, Plan, Products, Reduce, Statistics
+
+_MINIMUM_TORCH = (2, 11)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_DENSE = 4
+_REDUCE_CODES = {Reduce.LSE: 0, Reduce.SUM: 1, Reduce.MAX: 2}
+_TEST_CODES = {False: -1, None: 0, True: 1}
+
+
+def unavailable() -> str | None:
+    """Why the extension can't be used, or None."""
+    return _load()[1]
+
+
+def level() -> str:
+    """The instruction-set level in use: the best one, or the one that ``FASTCL_CPU_LEVEL`` names."""
+    return _extension().level()
+
+
+def levels() -> list[str]:
+    """The instruction-set levels that this machine supports, best last."""
+    return _extension().levels()
+
+
+def supports(plan: Plan, operands: Operands) -> str | None:
+    if (reason := unavailable()) is not None:
+        return reason
+    if operands.a.device.type != "cpu":
+        return f"the tensors are on {operands.a.device}, not on the CPU"
+    if operands.a.dtype not in _DTYPES:
+        return f"{operands.a.dtype} is not one of float32, bfloat16, float16"
+    if 0 in (*operands.shape, operands.a.shape[1]):
+        return "an operand is empty"
+    if plan.symmetric and (plan.columns or operands.b is not None or operands.row0 != operands.col0):
+        return "a symmetric plan takes one operand, row terms only, and row0 == col0"
+    if any(term.reduce is Reduce.SUM and not term.mask.is_sparse for term in plan.terms):
+        return "a SUM over all but a few pairs is not implemented"
+    for terms in (plan.rows, plan.columns):
+        if sum(term.reduce is Reduce.LSE and not term.mask.is_sparse for term in terms) > _MAX_DENSE:
+            return f"more than {_MAX_DENSE} log-sum-exp terms along one axis"
+    return None
+
+
+def statistics(plan: Plan, operands: Operands) -> Statistics:
+    _extension()
+    return Statistics(*torch.ops.fastcl_cpu.statistics(*_arguments(plan, operands)))
+
+
+def gradient(
+    plan: Plan,
+    operands: Operands,
+    statistics: Statistics,
+    incoming: Statistics,
+    needs_a: bool,
+    needs_b: bool,
+) -> Products:
+    _extension()
+    vectors = (v.detach().float().contiguous() for v in (*statistics, *incoming))
+    a, b = torch.ops.fastcl_cpu.gradient(*_arguments(plan, operands), *vectors, needs_a, needs_b)
+    return Products(a if needs_a else None, b if needs_b and not plan.symmetric else None)
+
+
+def _arguments(plan: Plan, operands: Operands) -> tuple:
+    target = operands.target if plan.uses_target else None
+    return (
+        operands.a.detach(),
+        None if operands.b is None else operands.b.detach(),
+        operands.scale.item(),
+        fixed_shift(operands).item(),
+        flag_threshold(operands),
+        None if target is None else target.to(torch.int64).contiguous(),
+        operands.row0,
+        operands.col0,
+        _term_codes(plan),
+        plan.symmetric,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _term_codes(plan: Plan) -> Tensor:
+    """The plan's terms as int64 [T, 4]: reduce, axis, self test, target test."""
+    codes = [
+        (
+            _REDUCE_CODES[term.reduce],
+            int(term.axis is Axis.COLUMN),
+            _TEST_CODES[term.mask.self_pair],
+            _TEST_CODES[term.mask.target],
+        )
+        for term in plan.terms
+    ]
+    return torch.tensor(codes, dtype=torch.int64).reshape(-1, 4)
+
+
+@functools.lru_cache(maxsize=1)
+def _load():
+    """The extension or None, and the reason why it could not be loaded or None."""
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < _MINIMUM_TORCH:
+        return None, f"the C++ engine needs torch {'.'.join(map(str, _MINIMUM_TORCH))}, this is {torch.__version__}"
+    try:
+        from fastcl import _C
+    except ImportError as error:
+        return None, f"the C++ extension is not built or can't be loaded ({error})"
+    return _C, None
+
+
+def _extension():
+    extension, reason = _load()
+    if extension is None:
+        raise RuntimeError(reason)
+    return extension

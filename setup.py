@@ -1,0 +1,116 @@
+"""Builds the C++ CPU engine as ``fastcl._C`` where a compiler and torch's headers are found; else the package is pure.
+
+FASTCL_BUILD=0 leaves the extension out, FASTCL_BUILD=1 makes a failure to build it fatal. FASTCL_TORCH is the directory
+of the torch package whose headers are used; by default torch is looked for in this environment, then in the one that
+runs pip, since an isolated build environment has none. Nothing of torch is installed or changed: its headers are read, and
+the extension names libtorch_cpu.so as a dependency, which `import torch` has always loaded before. It loads with any
+torch from 2.11 on.
+"""
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+LIMITED_API = "0x030A0000"  # Python 3.10
+TORCH_TARGET = "0x020B000000000000"  # the stable ABI of torch 2.11
+STABLE_HEADER = Path("torch", "csrc", "stable", "ops.h")
+COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+LEVEL_FLAGS = {
+    "level_baseline.cpp": [],
+    "level_avx2.cpp": ["-mavx2", "-mfma"],
+    "level_avx512.cpp": AVX512,
+    "level_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+}
+
+
+def torch_candidates():
+    """Directories that may be a torch package, best first."""
+    if "FASTCL_TORCH" in os.environ:
+        yield Path(os.environ["FASTCL_TORCH"])
+        return
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin:
+        yield Path(spec.origin).parent
+    # sys.executable is the environment that pip was started from even in an isolated build.
+    query = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s else '')"
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    found = subprocess.run([sys.executable, "-c", query], env=environment, capture_output=True, text=True, check=False)
+    if found.returncode == 0 and found.stdout.strip():
+        yield Path(found.stdout.strip()).parent
+
+
+def torch_package():
+    """torch's directory, or an error that says what is missing."""
+    for package in torch_candidates():
+        if (package / "include" / STABLE_HEADER).is_file():
+            return package
+    raise CompileError("no torch >= 2.11 with its headers was found (FASTCL_TORCH may name the torch package)")
+
+
+def level_sources():
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [name for name, flags in LEVEL_FLAGS.items() if is_x86 or not flags]
+
+
+class BuildEngine(build_ext):
+    """Per-file flags and parallel compilation. Errors of an optional extension become warnings in setuptools."""
+
+    def build_extension(self, ext):
+        torch = torch_package()
+        ext.include_dirs.append(str(torch / "include"))
+        ext.library_dirs.append(str(torch / "lib"))
+        self._compile_in_parallel()
+        super().build_extension(ext)
+
+    def _compile_in_parallel(self):
+        compiler = self.compiler
+        compile_one = compiler._compile
+
+        def compile_all(sources, output_dir=None, macros=None, include_dirs=None, debug=0, extra_preargs=None,
+                        extra_postargs=None, depends=None):  # fmt: skip
+            macros, objects, extra, pp_opts, build = compiler._setup_compile(
+                output_dir, macros, include_dirs, sources, depends, extra_postargs
+            )
+            cc_args = compiler._get_cc_args(pp_opts, debug, extra_preargs)
+
+            def work(obj):
+                source, suffix = build[obj]
+                compile_one(obj, source, suffix, cc_args, [*extra, *LEVEL_FLAGS.get(Path(source).name, [])], pp_opts)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(work, build))
+            return objects
+
+        compiler.compile = compile_all
+
+
+ENGINE = Extension(
+    "fastcl._C",
+    sources=[
+        "csrc/bindings.cpp",
+        *(f"csrc/cpu/{name}" for name in ("levels.cpp", "schedule.cpp", "statistics.cpp", "gradient.cpp")),
+        *(f"csrc/cpu/{name}" for name in level_sources()),
+    ],
+    depends=["setup.py", *map(str, sorted(Path("csrc").rglob("*.[hi]*")))],
+    define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
+    extra_compile_args=COMMON_FLAGS,
+    libraries=["torch_cpu"],
+    language="c++",
+    py_limited_api=True,
+    optional=os.environ.get("FASTCL_BUILD") != "1",
+)
+
+setup(
+    ext_modules=[] if os.environ.get("FASTCL_BUILD") == "0" else [ENGINE],
+    cmdclass={"build_ext": BuildEngine},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
