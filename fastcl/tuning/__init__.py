@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-KERNELS = ("sweep", "redo", "weights")
+KERNELS = ("sweep", "sweep_symmetric", "redo", "weights", "weights_symmetric")
+"""A symmetric plan walks a triangle of tiles, which must be square."""
 PRECISIONS = ("half", "tf32", "float32")
 
 

@@ -26,8 +26,11 @@ def unavailable() -> str | None:
 
 
 def supports(plan: Plan, operands: Operands) -> str | None:
+    reason = unavailable()
+    if reason is not None:
+        return reason
     a = operands.a
-    if not (a.is_cuda or _is_interpreted() and a.device.type == "cpu"):
+    if not (a.is_cuda or (_is_interpreted() and a.device.type == "cpu")):
         return f"the tensors are on {a.device.type}, not on a CUDA device"
     if a.dtype not in _DTYPES:
         return f"{a.dtype} is not one of float32, bfloat16, float16"

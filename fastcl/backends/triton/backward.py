@@ -6,6 +6,7 @@ holds both directions, so one panel off the diagonal feeds the rows I as W @ Z_J
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from fastcl.backends.triton.plan import MAX_CODE, Constants, TermCode, constants
 from fastcl.terms import Operands, Plan, Products, Statistics
 
 _PANEL_ROWS = 8192
-_PANEL_MULTIPLE = 128
+_MOST_ELEMENTS = 2**30
 _GROUP_M = 8
 
 
@@ -62,12 +63,19 @@ def gradient(
 
     grad_a = torch.zeros(n, d, dtype=torch.float32, device=x.a.device) if needs_a else None
     grad_b = torch.zeros(m, d, dtype=torch.float32, device=x.a.device) if needs_b else None
-    height, width = _panel_shape(n, m, x.a.element_size())
-    workspace = torch.empty(height * width, dtype=x.a.dtype, device=x.a.device)
+    config = launch.configuration("weights_symmetric" if plan.symmetric else "weights", x, n, m)
+    height, width = _panel_shape(n, m, x.a, config)
+    panels = list(_panels(n, m, height, width, plan.symmetric))
+    panel_rows, panel_columns = map(max, zip(*(panel.shape for panel in panels), strict=True))
+    workspace = torch.empty(
+        _round_up(panel_rows, config.block_m),
+        _round_up(panel_columns, config.block_n),
+        dtype=x.a.dtype,
+        device=x.a.device,
+    )
     with launch.on_device(x.a):
-        for panel in _panels(n, m, height, width, plan.symmetric):
+        for panel in panels:
             rows, columns = panel.shape
-            config = launch.configuration("weights", x, rows, columns)
             weights_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
                 x.a,
                 x.b,
@@ -86,14 +94,14 @@ def gradient(
                 x.a.stride(0),
                 x.b.stride(0),
                 x.self_offset,
-                x.col0,
                 x.threshold,
                 *panel[:4],
+                workspace.stride(0),
                 MIRROR=panel.mirror,
                 GROUP_M=_GROUP_M,
                 **launch.constant_arguments(codes, x, config),
             )
-            weights = workspace[: rows * columns].view(rows, columns)
+            weights = workspace[:rows, :columns]
             of_rows = slice(panel.row_begin, panel.row_end)
             of_columns = slice(panel.column_begin, panel.column_end)
             if grad_a is not None:
@@ -105,14 +113,17 @@ def gradient(
     return Products(*(_unscaled(grad, multiplier, x.a.dtype) for grad in (grad_a, grad_b)))
 
 
-def _panel_shape(n: int, m: int, element_size: int) -> tuple[int, int]:
-    """A workspace never larger than is needed, and bounded: tall enough first, so that W @ B fills a GPU, then wide."""
-    elements = tuning.workspace_bytes() // element_size
-    height = min(n, _PANEL_ROWS, max(1, int(elements**0.5)))
-    width = min(m, max(1, elements // height))
-    if width < m and width > _PANEL_MULTIPLE:
-        width -= width % _PANEL_MULTIPLE
+def _panel_shape(n: int, m: int, like: Tensor, config: tuning.Config) -> tuple[int, int]:
+    """A bounded panel of whole tiles: first tall, so that W @ B fills a GPU, then wide."""
+    elements = min(tuning.workspace_bytes(launch.capability(like)) // like.element_size(), _MOST_ELEMENTS)
+    tallest = max(config.block_m, min(_PANEL_ROWS, math.isqrt(elements)) // config.block_m * config.block_m)
+    height = min(_round_up(n, config.block_m), tallest)
+    width = max(config.block_n, elements // height // config.block_n * config.block_n)
     return height, width
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return triton.cdiv(count, multiple) * multiple
 
 
 def _panels(n: int, m: int, height: int, width: int, symmetric: bool) -> Iterator[Panel]:

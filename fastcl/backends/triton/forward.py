@@ -23,10 +23,9 @@ def statistics(plan: Plan, operands: Operands) -> Statistics:
     codes = constants(plan)
     x = launch.inputs(operands)
     n, m, d = x.shape
-    config = launch.configuration("sweep", x, n, m)
-    side = max(config.block_m, config.block_n)
-    super_rows, row_slots = _super_tiles(n, side if plan.symmetric else config.block_m)
-    super_columns, column_slots = _super_tiles(m, side if plan.symmetric else config.block_n)
+    config = launch.configuration("sweep_symmetric" if plan.symmetric else "sweep", x, n, m)
+    super_rows, row_slots = _super_tiles(n, config.block_m)
+    super_columns, column_slots = _super_tiles(m, config.block_n)
     row_partials = _no_partials(codes.row_terms, column_slots, n, x.a)
     column_partials = row_partials if plan.symmetric else _no_partials(codes.column_terms, row_slots, m, x.a)
     with launch.on_device(x.a):
@@ -44,7 +43,6 @@ def statistics(plan: Plan, operands: Operands) -> Statistics:
             x.a.stride(0),
             x.b.stride(0),
             x.self_offset,
-            x.col0,
             super_rows,
             super_columns,
             **launch.constant_arguments(codes, x, config),
@@ -96,7 +94,6 @@ def _finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, o
                 own.stride(0),
                 other.stride(0),
                 x.self_offset,
-                x.col0,
                 x.threshold,
                 OWN_IS_ROW=own_is_row,
                 SELF=self_test,

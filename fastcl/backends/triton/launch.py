@@ -13,7 +13,6 @@ from fastcl.backends.shift import fixed_shift, flag_threshold
 from fastcl.backends.triton.plan import Constants
 from fastcl.terms import Operands
 
-_INT32 = 2**31 - 1
 _FLOAT32_PRECISION = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
 
 
@@ -26,7 +25,6 @@ class Inputs(NamedTuple):
     shift: Tensor
     target: Tensor | None
     self_offset: int
-    col0: int
     threshold: float
 
     @property
@@ -36,16 +34,16 @@ class Inputs(NamedTuple):
 
 
 def inputs(operands: Operands) -> Inputs:
+    n, m = operands.shape
     a = _unit_stride(operands.a)
     return Inputs(
         a=a,
         b=a if operands.b is None else _unit_stride(operands.b),
         scale=operands.scale,
         shift=fixed_shift(operands),
-        target=None if operands.target is None else operands.target.contiguous(),
-        # beyond 32 bits no pair of this S is a self pair, and so it stays when clamped
-        self_offset=max(-_INT32, min(operands.row0 - operands.col0, _INT32)),
-        col0=operands.col0,
+        target=None if operands.target is None else _local_columns(operands.target - operands.col0, m),
+        # beyond [-n, m] no pair of this S is a self pair, and so it stays when clamped
+        self_offset=max(-n, min(operands.row0 - operands.col0, m)),
         threshold=flag_threshold(operands),
     )
 
@@ -56,9 +54,13 @@ def matmul_precision(dtype: torch.dtype) -> str:
 
 
 def configuration(kernel: str, x: Inputs, n: int, m: int) -> tuning.Config:
-    precision = matmul_precision(x.a.dtype)
-    capability = torch.cuda.get_device_capability(x.a.device) if x.a.is_cuda else None
-    return tuning.lookup(kernel, tuning.precision_class(x.a.dtype, precision), capability, n=n, m=m, d=x.a.shape[1])
+    """The configuration for a kernel over [n, m] of S."""
+    precision = tuning.precision_class(x.a.dtype, matmul_precision(x.a.dtype))
+    return tuning.lookup(kernel, precision, capability(x.a), n=n, m=m, d=x.a.shape[1])
+
+
+def capability(x: Tensor) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else None
 
 
 def constant_arguments(constants: Constants, x: Inputs, config: tuning.Config) -> dict[str, Any]:
@@ -85,3 +87,8 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _local_columns(target: Tensor, m: int) -> Tensor:
+    """Targets as 32-bit columns of this S, -1 for those outside."""
+    return torch.where((target >= 0) & (target < m), target, -1).to(torch.int32)

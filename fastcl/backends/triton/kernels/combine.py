@@ -8,6 +8,19 @@ from fastcl.backends.triton.kernels.tile import LN_2, LOG2_E, LSE, SUM
 
 
 @triton.jit
+def _combined(partials_ptr, scale_ptr, shift_ptr, index, count, slots, REDUCE: tl.constexpr, BLOCK: tl.constexpr):
+    total = nothing(BLOCK, REDUCE)
+    for slot in range(slots):
+        at = partials_ptr + tl.cast(slot, tl.int64) * count + index
+        total = merge(total, tl.load(at, mask=index < count, other=0.0), REDUCE)
+    if REDUCE == LSE:
+        total = (tl.log2(total) + tl.load(shift_ptr) * LOG2_E) * LN_2
+    elif REDUCE == SUM:
+        total = total * tl.load(scale_ptr)
+    return total
+
+
+@triton.jit
 def combine_kernel(
     partials_ptr,
     scale_ptr,
@@ -21,14 +34,6 @@ def combine_kernel(
     """Grid: (blocks of rows or columns,). [terms, slots, count] to [terms, count]."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for t in tl.static_range(len(TERMS)):
-        REDUCE: tl.constexpr = TERMS[t][0]
-        total = nothing(BLOCK, REDUCE)
-        at = partials_ptr + (t * slots).to(tl.int64) * count + index
-        for _ in range(slots):
-            total = merge(total, tl.load(at, mask=index < count, other=0.0), REDUCE)
-            at += count
-        if REDUCE == LSE:
-            total = (tl.log2(total) + tl.load(shift_ptr) * LOG2_E) * LN_2
-        elif REDUCE == SUM:
-            total = total * tl.load(scale_ptr)
-        tl.store(statistics_ptr + t * count + index, total, mask=index < count)
+        first_slot = partials_ptr + tl.cast(t * slots, tl.int64) * count
+        result = _combined(first_slot, scale_ptr, shift_ptr, index, count, slots, TERMS[t][0], BLOCK)
+        tl.store(statistics_ptr + t * count + index, result, mask=index < count)

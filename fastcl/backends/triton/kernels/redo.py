@@ -13,11 +13,11 @@ from fastcl.backends.triton.kernels.tile import (
     REQUIRED,
     admitted,
     inner_products,
-    local_targets,
+    target_columns,
 )
 
 
-@triton.jit(do_not_specialize=["self_offset", "col0"])
+@triton.jit(do_not_specialize=["self_offset"])
 def redo_kernel(
     own_ptr,
     other_ptr,
@@ -31,7 +31,6 @@ def redo_kernel(
     stride_own,
     stride_other,
     self_offset,
-    col0,
     threshold,
     OWN_IS_ROW: tl.constexpr,
     SELF: tl.constexpr,
@@ -54,7 +53,7 @@ def redo_kernel(
     USES_TARGET: tl.constexpr = TARGET != 0
     targets = own
     if OWN_IS_ROW:
-        targets = local_targets(target_ptr, own, own_count, col0, other_count, USES_TARGET)
+        targets = target_columns(target_ptr, own, own_count, USES_TARGET)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, other_count, BLOCK_N):
@@ -65,9 +64,9 @@ def redo_kernel(
             is_target = other[None, :] == targets[:, None]
         else:
             is_self = own[:, None] - other[None, :] == self_offset
-            targets_of_other = local_targets(target_ptr, other, other_count, col0, own_count, USES_TARGET)
+            targets_of_other = target_columns(target_ptr, other, other_count, USES_TARGET)
             is_target = own[:, None] == targets_of_other[None, :]
-        keep = admitted(inside, is_self, is_target, SELF, TARGET)
+        keep = inside & admitted(inside, is_self, is_target, SELF, TARGET)
 
         # a mask that requires a test leaves nearly every tile without a pair
         needed = True

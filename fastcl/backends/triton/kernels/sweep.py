@@ -2,9 +2,9 @@
 
 S is cut into super-tiles, at most 32 in a row or column and chosen from its shape alone. One program walks super-tile
 (r, c) in a fixed order and is the only writer of slot c for the rows of r and of slot r for the columns of c, so no
-atomics are needed and the bits do not depend on scheduling. A symmetric plan walks only r <= c and, in there, only pairs
-i <= j: pair (i, j) serves row i as it stands and row j as (j, i), whose mask is evaluated by itself because a target
-need not be an involution.
+atomics are needed and the bits do not depend on scheduling. A symmetric plan walks only r <= c and, in there, only tiles
+on and above the diagonal, which must be square: pair (i, j) of one above serves row i as it stands and row j as (j, i),
+whose mask is evaluated by itself because a target need not be an involution; one on the diagonal serves its rows only.
 """
 
 import triton
@@ -21,7 +21,8 @@ from fastcl.backends.triton.kernels.tile import (
     admitted,
     any_between,
     inner_products,
-    local_targets,
+    self_columns,
+    target_columns,
 )
 
 
@@ -67,8 +68,8 @@ def _all_nothing(BLOCK: tl.constexpr, TERMS: tl.constexpr):
 @triton.jit
 def _reduce_term(
     products,
-    exponentials,
     scale,
+    shift_log2,
     inside,
     is_self,
     is_target,
@@ -84,7 +85,8 @@ def _reduce_term(
         return nothing(BLOCK, REDUCE)
     else:
         if REDUCE == LSE:
-            values = exponentials
+            # terms with the same logits share this, too: the compiler sees equal expressions
+            values = tl.exp2(products * (scale * LOG2_E) - shift_log2)
         elif REDUCE == SUM:
             values = products
         else:
@@ -104,8 +106,8 @@ def _reduce_term(
 @triton.jit
 def _reduce_tile(
     products,
-    exponentials,
     scale,
+    shift_log2,
     inside,
     is_self,
     is_target,
@@ -117,7 +119,7 @@ def _reduce_tile(
     partials = ()
     for t in tl.static_range(len(TERMS)):
         partial = _reduce_term(
-            products, exponentials, scale, inside, is_self, is_target,
+            products, scale, shift_log2, inside, is_self, is_target,
             TERMS[t][0], TERMS[t][1], TERMS[t][2], AXIS, BLOCK, MASKED,
         )  # fmt: skip
         partials = partials + (partial,)
@@ -128,13 +130,13 @@ def _reduce_tile(
 def _accumulate(partials_ptr, partials, index, count, slots, slot, TERMS: tl.constexpr):
     """Adds to this program's own slot; the barrier orders it before the next read of the same numbers."""
     for t in tl.static_range(len(TERMS)):
-        at = partials_ptr + (t * slots + slot).to(tl.int64) * count + index
+        at = partials_ptr + tl.cast(t * slots + slot, tl.int64) * count + index
         so_far = tl.load(at, mask=index < count, other=0.0)
         tl.store(at, merge(so_far, partials[t], TERMS[t][0]), mask=index < count)
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["self_offset", "col0"])
+@triton.jit(do_not_specialize=["self_offset"])
 def sweep_kernel(
     a_ptr,
     b_ptr,
@@ -149,7 +151,6 @@ def sweep_kernel(
     stride_a,
     stride_b,
     self_offset,
-    col0,
     super_rows,
     super_columns,
     ROW_TERMS: tl.constexpr,
@@ -170,7 +171,6 @@ def sweep_kernel(
         if c < r:
             return
     scale = tl.load(scale_ptr)
-    scale_log2 = scale * LOG2_E
     shift_log2 = tl.load(shift_ptr) * LOG2_E
     row_end = tl.minimum((r + 1) * super_rows, n)
     column_begin = c * super_columns
@@ -178,11 +178,11 @@ def sweep_kernel(
 
     for i0 in range(r * super_rows, row_end, BLOCK_M):
         rows = i0 + tl.arange(0, BLOCK_M)
-        row_targets = local_targets(target_ptr, rows, n, col0, m, USES_TARGET)
+        row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
         row_partials = _all_nothing(BLOCK_M, ROW_TERMS)
         first_column = column_begin
         if SYMMETRIC:
-            first_column = tl.maximum(column_begin, i0 // BLOCK_N * BLOCK_N)
+            first_column = tl.maximum(column_begin, i0)
 
         for j0 in range(first_column, column_end, BLOCK_N):
             columns = j0 + tl.arange(0, BLOCK_N)
@@ -190,46 +190,49 @@ def sweep_kernel(
                 a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b,
                 BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
             )  # fmt: skip
-            exponentials = tl.exp2(products * scale_log2 - shift_log2)
 
             special = (i0 + BLOCK_M > n) | (j0 + BLOCK_N > m)
             if SYMMETRIC:
-                special = special | (j0 < i0 + BLOCK_M)
+                special = special | (i0 == j0)
             if USES_SELF:
                 special = special | ((self_offset > j0 - i0 - BLOCK_M) & (self_offset < j0 - i0 + BLOCK_N))
             column_targets = columns
             if USES_TARGET:
                 special = special | any_between(row_targets, j0, j0 + BLOCK_N)
                 if SYMMETRIC:
-                    column_targets = local_targets(target_ptr, columns, m, col0, m, USES_TARGET)
+                    column_targets = target_columns(target_ptr, columns, m, USES_TARGET)
                     special = special | any_between(column_targets, i0, i0 + BLOCK_M)
 
             if special:
                 i = rows[:, None]
                 j = columns[None, :]
-                row_pairs = (i < n) & (j < m)
-                column_pairs = row_pairs
-                is_self = j - i == self_offset
-                row_is_target = j == row_targets[:, None]
-                column_is_target = row_is_target
+                # one comparison a pair: rows and columns over the edge get an empty range
+                row_pairs = j < tl.where(rows < n, m, 0)[:, None]
+                column_pairs = i < tl.where(columns < m, n, 0)[None, :]
+                is_self = j == self_columns(rows, self_offset, n, m)[:, None]
+                is_target = j == row_targets[:, None]
+                column_is_self = is_self
+                column_is_target = is_target
                 if SYMMETRIC:
-                    column_pairs = row_pairs & (i < j)
-                    row_pairs = row_pairs & (i <= j)
-                    column_is_target = i == column_targets[None, :]
+                    # nothing on the diagonal is mirrored, so no self pair is
+                    above = i0 < j0
+                    column_pairs = i < tl.where((columns < m) & above, n, 0)[None, :]
+                    column_is_self = tl.zeros((1, 1), tl.int1)
+                    column_is_target = i == tl.where(above, column_targets, -1)[None, :]
                 of_rows = _reduce_tile(
-                    products, exponentials, scale, row_pairs, is_self, row_is_target,
+                    products, scale, shift_log2, row_pairs, is_self, is_target,
                     ROW_TERMS, ALONG_ROWS, BLOCK_M, True,
                 )  # fmt: skip
                 of_columns = _reduce_tile(
-                    products, exponentials, scale, column_pairs, is_self, column_is_target,
+                    products, scale, shift_log2, column_pairs, column_is_self, column_is_target,
                     COLUMN_TERMS, ALONG_COLUMNS, BLOCK_N, True,
                 )  # fmt: skip
             else:
                 of_rows = _reduce_tile(
-                    products, exponentials, scale, None, None, None, ROW_TERMS, ALONG_ROWS, BLOCK_M, False
+                    products, scale, shift_log2, None, None, None, ROW_TERMS, ALONG_ROWS, BLOCK_M, False
                 )
                 of_columns = _reduce_tile(
-                    products, exponentials, scale, None, None, None, COLUMN_TERMS, ALONG_COLUMNS, BLOCK_N, False
+                    products, scale, shift_log2, None, None, None, COLUMN_TERMS, ALONG_COLUMNS, BLOCK_N, False
                 )
 
             row_partials = _merge_all(row_partials, of_rows, ROW_TERMS)

@@ -56,13 +56,19 @@ def inner_products(
 
 
 @triton.jit
-def local_targets(target_ptr, index, count, col0, m, USES_TARGET: tl.constexpr):
-    """Each index's target as a column of this S, -1 where it lies outside or is not looked at."""
+def self_columns(rows, self_offset, n, m):
+    """The column of each row's self pair, -1 where that lies outside of S."""
+    columns = rows + self_offset
+    return tl.where((rows < n) & (columns >= 0) & (columns < m), columns, -1)
+
+
+@triton.jit
+def target_columns(target_ptr, rows, n, USES_TARGET: tl.constexpr):
+    """The column of each row's target, -1 where that lies outside of S (see ``launch.inputs``) or is not looked at."""
     if USES_TARGET:
-        target = tl.load(target_ptr + index, mask=index < count, other=-1) - col0
-        return tl.where((target >= 0) & (target < m), target, -1).to(tl.int32)
+        return tl.load(target_ptr + rows, mask=rows < n, other=-1)
     else:
-        return tl.full(index.shape, -1, tl.int32)
+        return tl.full(rows.shape, -1, tl.int32)
 
 
 @triton.jit
@@ -73,14 +79,17 @@ def any_between(values, first, last):
 
 @triton.jit
 def admitted(inside, is_self, is_target, SELF: tl.constexpr, TARGET: tl.constexpr):
-    """The mask of a term, as fastcl.terms.Mask defines it, over the pairs that are inside."""
+    """The mask of a term, as fastcl.terms.Mask defines it; exceptional pairs are inside by construction."""
     keep = inside
     if SELF == REQUIRED:
-        keep = keep & is_self
+        keep = is_self
+    if TARGET == REQUIRED:
+        if SELF == REQUIRED:
+            keep = keep & is_target
+        else:
+            keep = is_target
     if SELF == FORBIDDEN:
         keep = keep & (is_self == 0)
-    if TARGET == REQUIRED:
-        keep = keep & is_target
     if TARGET == FORBIDDEN:
         keep = keep & (is_target == 0)
     return keep

@@ -17,12 +17,11 @@ from fastcl.backends.triton.kernels.tile import (
     LSE,
     MAX,
     REQUIRED,
-    SUM,
     admitted,
     any_between,
     inner_products,
-    local_targets,
     spread,
+    target_columns,
 )
 
 # exp(c - L) would lose precision beyond; only statistics merged from other shards come near
@@ -42,47 +41,63 @@ def _any_flagged(statistics_ptr, index, count, shift, threshold, TERMS: tl.const
 
 
 @triton.jit
-def _add_slopes(
+def _lse_log2(statistics_ptr, index, count):
+    """Log-sum-exps in base 2, with +inf in place of an empty row's -inf so that its slopes come out as 0."""
+    lse = tl.load(statistics_ptr + index, mask=index < count, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+
+
+@triton.jit
+def _add_masked(
     weights,
     logits_log2,
+    statistics_ptr,
+    incoming_ptr,
+    index,
+    count,
+    is_self,
+    is_target,
+    TERMS: tl.constexpr,
+    AXIS: tl.constexpr,
+):
+    """Adds what the terms along one axis contribute to a tile, whatever is in it."""
+    for t in tl.static_range(len(TERMS)):
+        if TERMS[t][0] != MAX:
+            keep = admitted(True, is_self, is_target, TERMS[t][1], TERMS[t][2])
+            incoming = spread(tl.load(incoming_ptr + t * count + index, mask=index < count, other=0.0), AXIS)
+            if TERMS[t][0] == LSE:
+                lse_log2 = spread(_lse_log2(statistics_ptr + t * count, index, count), AXIS)
+                weights += tl.where(keep, tl.exp2(logits_log2 - lse_log2) * incoming, 0.0)
+            else:
+                weights += tl.where(keep, incoming, 0.0)
+    return weights
+
+
+@triton.jit
+def _add_plain(
+    weights,
     exponentials,
     shift_log2,
     statistics_ptr,
     incoming_ptr,
     index,
     count,
-    inside,
-    is_self,
-    is_target,
     TERMS: tl.constexpr,
     AXIS: tl.constexpr,
-    APART: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """Adds what the terms along one axis contribute to a tile of W."""
+    """The same for a tile with no exceptional pair and nothing flagged, where all terms share one exponential."""
     for t in tl.static_range(len(TERMS)):
-        REDUCE: tl.constexpr = TERMS[t][0]
-        SELF: tl.constexpr = TERMS[t][1]
-        TARGET: tl.constexpr = TERMS[t][2]
-        if REDUCE != MAX and (MASKED or (SELF != REQUIRED and TARGET != REQUIRED)):
-            incoming = tl.load(incoming_ptr + t * count + index, mask=index < count, other=0.0)
-            if REDUCE == LSE:
-                lse = tl.load(statistics_ptr + t * count + index, mask=index < count, other=float("-inf"))
-                lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
-                if APART:
-                    share = tl.exp2(logits_log2 - spread(lse, AXIS))
-                else:
-                    share = exponentials * spread(tl.exp2(shift_log2 - lse), AXIS)
-                slopes = share * spread(incoming, AXIS)
+        if TERMS[t][0] != MAX and TERMS[t][1] != REQUIRED and TERMS[t][2] != REQUIRED:
+            incoming = spread(tl.load(incoming_ptr + t * count + index, mask=index < count, other=0.0), AXIS)
+            if TERMS[t][0] == LSE:
+                lse_log2 = _lse_log2(statistics_ptr + t * count, index, count)
+                weights += exponentials * spread(tl.exp2(shift_log2 - lse_log2), AXIS) * incoming
             else:
-                slopes = tl.broadcast_to(spread(incoming, AXIS), weights.shape)
-            if MASKED:
-                slopes = tl.where(admitted(inside, is_self, is_target, SELF, TARGET), slopes, 0.0)
-            weights += slopes
+                weights += incoming
     return weights
 
 
-@triton.jit(do_not_specialize=["self_offset", "col0", "row_begin", "column_begin"])
+@triton.jit(do_not_specialize=["self_offset", "row_begin", "column_begin"])
 def weights_kernel(
     a_ptr,
     b_ptr,
@@ -101,12 +116,12 @@ def weights_kernel(
     stride_a,
     stride_b,
     self_offset,
-    col0,
     threshold,
     row_begin,
     row_end,
     column_begin,
     column_end,
+    panel_stride,
     ROW_TERMS: tl.constexpr,
     COLUMN_TERMS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -120,9 +135,10 @@ def weights_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Grid: (tiles of the panel,). The panel is [row_end - row_begin, column_end - column_begin], contiguous.
+    """Grid: (tiles of the panel,). The panel has room for whole tiles, so that no store needs a mask.
 
-    Of a panel on a symmetric plan's diagonal (MIRROR) only the pairs i <= j are formed; each is written twice.
+    Of a panel on a symmetric plan's diagonal (MIRROR) only tiles on and above the diagonal are formed, which must be
+    square; those above are written a second time, transposed.
     """
     tiles_m = tl.cdiv(row_end - row_begin, BLOCK_M)
     tiles_n = tl.cdiv(column_end - column_begin, BLOCK_N)
@@ -133,7 +149,7 @@ def weights_kernel(
     i0 = row_begin + (band * GROUP_M + within % band_height) * BLOCK_M
     j0 = column_begin + within // band_height * BLOCK_N
     if MIRROR:
-        if j0 + BLOCK_N <= i0:
+        if j0 < i0:
             return
 
     rows = i0 + tl.arange(0, BLOCK_M)
@@ -143,64 +159,52 @@ def weights_kernel(
     )
     logits_log2 = products * (tl.load(scale_ptr) * LOG2_E)
     shift = tl.load(shift_ptr)
-    shift_log2 = shift * LOG2_E
+
+    row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
+    column_targets = columns
+    rare = _any_flagged(row_statistics_ptr, rows, n, shift, threshold, ROW_TERMS)
+    rare = rare | _any_flagged(column_statistics_ptr, columns, m, shift, threshold, COLUMN_TERMS)
+    if USES_SELF:
+        rare = rare | ((self_offset > j0 - i0 - BLOCK_M) & (self_offset < j0 - i0 + BLOCK_N))
+    if USES_TARGET:
+        rare = rare | any_between(row_targets, j0, j0 + BLOCK_N)
+        if SYMMETRIC:
+            column_targets = target_columns(target_ptr, columns, m, USES_TARGET)
+            rare = rare | any_between(column_targets, i0, i0 + BLOCK_M)
 
     i = rows[:, None]
     j = columns[None, :]
-    inside = (i < n) & (j < m)
-    is_self = j - i == self_offset
-    row_targets = local_targets(target_ptr, rows, n, col0, m, USES_TARGET)
-    row_is_target = j == row_targets[:, None]
-    column_is_target = row_is_target
-    special = False
-    if USES_SELF:
-        special = (self_offset > j0 - i0 - BLOCK_M) & (self_offset < j0 - i0 + BLOCK_N)
-    if USES_TARGET:
-        special = special | any_between(row_targets, j0, j0 + BLOCK_N)
-        if SYMMETRIC:
-            column_targets = local_targets(target_ptr, columns, m, col0, m, USES_TARGET)
-            special = special | any_between(column_targets, i0, i0 + BLOCK_M)
-            column_is_target = i == column_targets[None, :]
-
-    apart = _any_flagged(row_statistics_ptr, rows, n, shift, threshold, ROW_TERMS)
-    apart = apart | _any_flagged(column_statistics_ptr, columns, m, shift, threshold, COLUMN_TERMS)
-
     weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if apart:
-        weights = _add_slopes(
-            weights, logits_log2, None, shift_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
-            inside, is_self, row_is_target, ROW_TERMS, ALONG_ROWS, True, True,
+    if rare:
+        is_self = j - i == self_offset
+        is_target = j == row_targets[:, None]
+        weights = _add_masked(
+            weights, logits_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
+            is_self, is_target, ROW_TERMS, ALONG_ROWS,
         )  # fmt: skip
-        weights = _add_slopes(
-            weights, logits_log2, None, shift_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
-            inside, is_self, column_is_target, COLUMN_TERMS, ALONG_COLUMNS, True, True,
+        if SYMMETRIC:
+            is_target = i == column_targets[None, :]
+        weights = _add_masked(
+            weights, logits_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
+            is_self, is_target, COLUMN_TERMS, ALONG_COLUMNS,
         )  # fmt: skip
     else:
+        shift_log2 = shift * LOG2_E
         exponentials = tl.exp2(logits_log2 - shift_log2)
-        if special:
-            weights = _add_slopes(
-                weights, None, exponentials, shift_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
-                inside, is_self, row_is_target, ROW_TERMS, ALONG_ROWS, False, True,
-            )  # fmt: skip
-            weights = _add_slopes(
-                weights, None, exponentials, shift_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
-                inside, is_self, column_is_target, COLUMN_TERMS, ALONG_COLUMNS, False, True,
-            )  # fmt: skip
-        else:
-            weights = _add_slopes(
-                weights, None, exponentials, shift_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
-                None, None, None, ROW_TERMS, ALONG_ROWS, False, False,
-            )  # fmt: skip
-            weights = _add_slopes(
-                weights, None, exponentials, shift_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
-                None, None, None, COLUMN_TERMS, ALONG_COLUMNS, False, False,
-            )  # fmt: skip
+        weights = _add_plain(
+            weights, exponentials, shift_log2, row_statistics_ptr, row_incoming_ptr, rows, n, ROW_TERMS, ALONG_ROWS
+        )
+        weights = _add_plain(
+            weights, exponentials, shift_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
+            COLUMN_TERMS, ALONG_COLUMNS,
+        )  # fmt: skip
 
     weights = (weights * tl.load(multiplier_ptr)).to(panel_ptr.dtype.element_ty)
-    width = (column_end - column_begin).to(tl.int64)
-    keep = (i < row_end) & (j < column_end)
+    corner = panel_ptr + (i0 - row_begin).to(tl.int64) * panel_stride + (j0 - column_begin)
+    in_tile_m = tl.arange(0, BLOCK_M)
+    in_tile_n = tl.arange(0, BLOCK_N)
+    tl.store(corner + in_tile_m[:, None] * panel_stride + in_tile_n[None, :], weights)
     if MIRROR:
-        keep = keep & (i <= j)
-    tl.store(panel_ptr + (i - row_begin) * width + (j - column_begin), weights, mask=keep)
-    if MIRROR:
-        tl.store(panel_ptr + (j - column_begin) * width + (i - row_begin), weights, mask=keep & (i < j))
+        if i0 < j0:
+            corner = panel_ptr + (j0 - column_begin).to(tl.int64) * panel_stride + (i0 - row_begin)
+            tl.store(corner + in_tile_n[None, :] * panel_stride + in_tile_m[:, None], weights)
