@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import plots, status
 from benchmarks.cases import Case, suite
-from benchmarks.environment import device_slug
+from benchmarks.environment import device_slug, git_commit
 from benchmarks.measure import GemmRate
 from benchmarks.providers import Provider, providers
 from benchmarks.report import Machine, Row, format_case, make_rows, write_csv
@@ -59,6 +59,7 @@ def measure(options: argparse.Namespace) -> int:
     rows: list[Row] = []
     start = time.monotonic()
     with Runner(device, competitors, limits, threads=options.threads, progress=_progress) as runner:
+        runner.start_workers(cases)
         machine = describe_machine(runner, device, cases)
         _say(f"{machine.device}, torch {machine.torch}")
         for rate in machine.rates.values():
@@ -87,7 +88,7 @@ def describe_machine(runner: Runner, device: str, cases: list[Case]) -> Machine:
         _progress(f"torch.mm in {dtype}")
         rate = runner.ask_judge("gemm", dtype=dtype)
         rates[dtype] = GemmRate(rate["flops"], dtype, rate["library"], rate["size"])
-    return Machine(about["device"], device, about["torch"], rates)
+    return Machine(about["device"], device, about["torch"], git_commit(), rates)
 
 
 def _chosen(items: list[Case] | list[Provider], wanted: str | None) -> list:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -42,7 +43,11 @@ def device_slug(description: str) -> str:
 
 
 def git_commit(root: Path | None = None) -> str:
-    """The repository's commit, with ``+`` where the working tree differs from it; "unknown" outside a repository."""
+    """The repository's commit, with ``+`` where the working tree differs from it.
+
+    Outside a repository the environment variable ``FASTCL_COMMIT``, which whoever copied the sources may set, or
+    "unknown".
+    """
     root = root or Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -53,7 +58,7 @@ def git_commit(root: Path | None = None) -> str:
         commit = git("rev-parse", "--short=12", "HEAD")
         return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("FASTCL_COMMIT", "unknown")
 
 
 def installed_version(distribution: str) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import fastcl
-from benchmarks.environment import git_commit, installed_version
+from benchmarks.environment import installed_version
 from benchmarks.measure import GemmRate, summarize_times
 from benchmarks.runner import Result
 
@@ -23,6 +23,7 @@ class Machine:
     kind: str
     """cpu | cuda"""
     torch: str
+    commit: str
     rates: dict[str, GemmRate]
     """by dtype"""
 
@@ -84,7 +85,7 @@ def _row(result: Result, best: Result | None, machine: Machine) -> Row:
     floor_ms = case.floor_flops / rate.flops * 1e3
     return Row(
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        commit=git_commit(),
+        commit=machine.commit,
         device=machine.device,
         kind=machine.kind,
         torch=machine.torch,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,25 +89,34 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
+            # A group of its own, so that a compiler it started goes with it.
+            start_new_session=True,
         )
         self.answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def ask(self, op: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
-        """One request and its answer.
+        """One request and its answer; raises what :meth:`receive` raises."""
+        self.send(op, **arguments)
+        return self.receive(timeout_s)
+
+    def send(self, op: str, **arguments: Any) -> None:
+        # A process that is gone shows in receive().
+        with suppress(OSError):
+            print(json.dumps({"op": op, **arguments}), file=self.process.stdin, flush=True)
+
+    def receive(self, timeout_s: float) -> dict[str, Any]:
+        """The answer to the oldest unanswered request.
 
         Raises:
             TimeoutError: no answer in time; the process is gone.
             MissingLibraryError, WorkerError: the worker can't do it; it lives on unless it died.
         """
         try:
-            print(json.dumps({"op": op, **arguments}), file=self.process.stdin, flush=True)
             line = self.answers.get(timeout=max(1.0, timeout_s))
         except queue.Empty:
-            self.close()
+            self.kill()
             raise TimeoutError(f"no answer within {timeout_s:.0f} s") from None
-        except OSError:
-            line = ""
         if not line:
             code = self.process.wait()
             self.errors.seek(0)
@@ -123,9 +134,18 @@ class WorkerProcess:
         return self.process.poll() is None
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        """Lets the process end by itself, or ends it."""
+        with suppress(OSError):
+            self.process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=3)
+        self.kill()
         self.errors.close()
+
+    def kill(self) -> None:
+        with suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def _read(self) -> None:
         for line in self.process.stdout:
@@ -174,6 +194,23 @@ class Runner:
         for worker in self.workers.values():
             worker.close()
         self.folder.cleanup()
+
+    def start_workers(self, cases: Sequence[Case]) -> None:
+        """Starts all processes side by side and waits until each has imported what it needs."""
+        self.progress("starting a process for each provider")
+        offered = {p: next(filter(p.offers, cases), None) for p in self.providers}
+        started = [provider for provider, case in offered.items() if case is not None]
+        self._worker(JUDGE).send("ready")
+        for provider in started:
+            self._worker(provider.name).send("ready", case=offered[provider].to_json())
+        self._worker(JUDGE).receive(self.limits.request_s)
+        for provider in started:
+            try:
+                self._worker(provider.name).receive(self._patience())
+            except MissingLibraryError as error:
+                self.missing[provider.name] = str(error)
+            except (TimeoutError, WorkerError):
+                pass  # shows again, with its reason, in the first case
 
     def ask_judge(self, op: str, **arguments: Any) -> dict[str, Any]:
         """A question to the process that measures nobody."""
@@ -255,7 +292,7 @@ class Runner:
 
     def _round(self, result: Result, number: int) -> None:
         slow = result.times_ms and result.times_ms[0] / 1e3 > 5 * self.limits.budget_s
-        if slow and (self._late() or len(result.times_ms) >= 3):
+        if result.times_ms and (self._late() or (slow and len(result.times_ms) >= 3)):
             return
         self.progress(f"{result.case.name}: {result.provider.name}, round {number + 1} of {self.limits.rounds}")
         options = {"budget_s": self.limits.budget_s, "warmup": 0 if slow else 1}

@@ -47,6 +47,12 @@ class Worker:
     def describe(self) -> dict[str, Any]:
         return {"device": describe_device(self.device), "torch": torch.__version__, "cuda": torch.version.cuda}
 
+    def ready(self, case: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Imports what the provider needs, so that no measurement waits for it or shares the machine with it."""
+        if case is not None:
+            self.provider.build(Case(**case))
+        return {}
+
     def gemm(self, dtype: str) -> dict[str, Any]:
         rate = gemm_rate(getattr(torch, dtype), self.device)
         return {"flops": rate.flops, "library": rate.library, "size": rate.size}

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one go and without a network:
+#
+#   bash benchmarks/gpu.sh OUTDIR [--quick]
+#
+# builds the C++ extension in place, runs the tests marked `gpu`, then the quick benchmark against every peer that can be
+# imported, and leaves log.txt, results.csv and the plots in OUTDIR. Needs a torch built for CUDA and pytest; under nine
+# minutes, with --quick under four. A stage that fails doesn't stop the next ones; the exit code says that one did.
+#
+#   PYTHON=python3.12     the interpreter to use
+#   WHEELS=dir            wheels of peers (and of pytest, matplotlib), installed beside this run and nowhere else
+set -u
+
+out=${1:-}
+if [[ -z $out || $out == --* ]]; then
+  sed -n '4s/^# */usage: /p' "$0" >&2
+  exit 2
+fi
+python=${PYTHON:-python3}
+if [[ ${2:-} == --quick ]]; then
+  build_s=60 wheels_s=15 tests_s=70 bench_s=80
+else
+  build_s=100 wheels_s=30 tests_s=200 bench_s=190
+fi
+
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.." || exit 2
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+exec > >(tee "$out/log.txt") 2>&1
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+
+if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+  echo "no NVIDIA GPU that $python's torch can use: nothing was run"
+  exit 1
+fi
+
+failed=()
+stage() { # NAME SECONDS COMMAND...
+  local name=$1 seconds=$2 start=$SECONDS code=0
+  shift 2
+  echo
+  echo "== $name: $*"
+  timeout --kill-after=5 "$seconds" "$@" || code=$?
+  if ((code == 124 || code == 137)); then echo "== $name: stopped after $seconds s"; fi
+  echo "== $name: exit code $code after $((SECONDS - start)) s"
+  return "$code"
+}
+
+stage machine 20 nvidia-smi || failed+=(machine)
+stage versions 60 "$python" - <<'EOF' || failed+=(versions)
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+print("python", platform.python_version(), "torch", torch.__version__, "CUDA", torch.version.cuda)
+print(torch.cuda.get_device_name(), "compute capability", torch.cuda.get_device_capability())
+for name in ("triton", "numpy", "pytest", "matplotlib", "inf_cl", "liger-kernel", "cut-cross-entropy", "lightly"):
+    try:
+        print(name, version(name))
+    except PackageNotFoundError:
+        print(name, "is not installed")
+EOF
+
+if ! stage build "$build_s" "$python" setup.py -q build_ext --inplace; then
+  echo "the C++ extension was not built: the CPU engine is missing here, the GPU's tests and benchmarks don't need it"
+fi
+
+if [[ -n ${WHEELS:-} ]]; then
+  # Without dependencies: a peer must not bring another torch along.
+  stage wheels "$wheels_s" "$python" -m pip install -q --no-index --no-deps --target "$scratch/peers" "$WHEELS"/*.whl ||
+    failed+=(wheels)
+  # After the environment's own packages, which stay what they are.
+  echo "import sys; sys.path.append('$scratch/peers')" >"$scratch/sitecustomize.py"
+  export PYTHONPATH="$scratch${PYTHONPATH:+:$PYTHONPATH}"
+fi
+
+stage tests "$tests_s" "$python" -m pytest -m gpu -q -p no:cacheprovider tests || failed+=(tests)
+
+# The limit is the runner's own: it ends in time to write what it has.
+stage benchmark "$bench_s" \
+  "$python" -m benchmarks --quick --device cuda --limit $((bench_s - 30)) --out "$scratch/out" || failed+=(benchmark)
+cp "$scratch"/out/results.csv "$out"/ 2>/dev/null || failed+=(results)
+find "$scratch/out" -name '*.png' 2>/dev/null | sort | head -6 | while read -r plot; do cp "$plot" "$out"/; done
+
+echo
+if ((${#failed[@]})); then
+  echo "failed: ${failed[*]} (after $SECONDS s); see $out/log.txt"
+  exit 1
+fi
+echo "all stages passed in $SECONDS s; see $out"
