@@ -36,6 +36,7 @@ SELF, TARGET = Mask(self_pair=True), Mask(target=True)
 PLANS = {
     "nt_xent": Plan((Term(LSE, NEITHER), Term(SUM, TARGET)), symmetric=True),
     "nt_xent with max": Plan((Term(LSE, NEITHER), Term(SUM, TARGET), Term(MAX, NEITHER)), symmetric=True),
+    "every other row": Plan((Term(LSE, NOT_SELF),), symmetric=True),
     "uniformity": Plan((Term(LSE),), symmetric=True),
     "clip": Plan((Term(LSE, NOT_SELF), Term(LSE, NOT_SELF, COLUMN), Term(SUM, SELF))),
     "clip with max": Plan(
@@ -187,20 +188,31 @@ def test_more_tiles_than_super_tiles(name: str) -> None:
 @pytest.mark.parametrize("name", ["nt_xent", "clip", "info_nce"])
 @pytest.mark.parametrize("noise", [0.01, 0.3])
 def test_scale_100(name: str, noise: float) -> None:
-    """Beyond the range of one fixed shift: without flagged rows, sums of zero."""
     check(PLANS[name], make_operands(PLANS[name], scale=100.0, noise=noise), gradient_tolerance=5e-5)
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["nt_xent", "clip", "several masks on an axis"])
-def test_rows_far_below_the_bound(name: str) -> None:
-    """A few rows are as large as the bound says and the others tiny or opposed, so that some of each are flagged."""
+@pytest.mark.parametrize("opposed", ["rows", "columns"])
+@pytest.mark.parametrize("name", ["nt_xent", "every other row", "clip", "several masks on an axis"])
+def test_far_below_the_bound(name: str, opposed: str) -> None:
+    """All vectors point one way but for some that point the other: the logits of those underflow under any fixed shift.
+
+    Some underflow to a sum of 0, and some, more treacherous, to a sum of a few subnormal numbers.
+    """
     plan = PLANS[name]
     operands = make_operands(plan, scale=100.0)
-    a = operands.a.clone()
-    a[::3] *= -1
-    a[1::5] *= 1e-3
-    check(plan, dataclasses.replace(operands, a=a), gradient_tolerance=5e-5)
+    one_way = torch.nn.functional.normalize(operands.a[:1] + 0.02 * operands.a, dim=1)
+    other_way = one_way.clone()
+    # in a symmetric plan two of them would be each other's large logit
+    cosines = (0.775,) if plan.symmetric else (0.5, 0.7, 0.75, 0.775, 0.8, 0.9, 1.0)
+    for i, cosine in enumerate(cosines):
+        across = torch.nn.functional.normalize(operands.a[i + 1] - operands.a[i + 1] @ one_way[0] * one_way[0], dim=0)
+        other_way[3 * i + 7] = math.sqrt(1 - cosine**2) * across - cosine * one_way[0]
+    a, b = (other_way, one_way) if opposed == "rows" else (one_way, other_way)
+    operands = dataclasses.replace(operands, a=other_way if plan.symmetric else a, b=None if plan.symmetric else b)
+    statistics = dense.statistics(plan, exact(operands))
+    assert any((x < -70).any() and (x > 80).any() for x in (*statistics.rows, *statistics.columns))
+    check(plan, operands, gradient_tolerance=5e-5)
 
 
 @interpreted
@@ -248,9 +260,9 @@ def test_targets_outside_match_nothing(name: str) -> None:
 
 @interpreted
 def test_targets_that_are_an_involution() -> None:
-    """SimCLR's own: row i and row i + n/2 are each other's positives."""
-    operands = make_operands(PLANS["nt_xent"], 38)
-    check(PLANS["nt_xent"], dataclasses.replace(operands, target=(torch.arange(38) + 19) % 38))
+    """SimCLR's own: rows i and i + n/2 are each other's positives. Most tiles then hold no exceptional pair."""
+    operands = make_operands(PLANS["nt_xent"], 96)
+    check(PLANS["nt_xent"], dataclasses.replace(operands, target=(torch.arange(96) + 48) % 96))
 
 
 @interpreted

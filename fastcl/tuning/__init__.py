@@ -1,7 +1,7 @@
 """Which block sizes the kernels run with: data in this folder, one JSON file per class of device.
 
-A leaf module: it imports torch for dtypes and nothing else of fastcl. Nothing is tuned at run time; the entry whose shape
-lies nearest, in powers of two, is taken. ``default.json`` fits every supported device.
+A leaf module: it imports torch for dtypes and nothing else of fastcl. Nothing is tuned at run time; the entry whose
+shape lies nearest, in powers of two, is taken. ``default.json`` fits every supported device.
 """
 
 from __future__ import annotations

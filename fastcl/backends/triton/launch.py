@@ -1,4 +1,4 @@
-"""What the forward and the backward launch their kernels with: operands as the kernels want them, and a configuration."""
+"""What forward and backward launch their kernels with: operands as the kernels want them, and a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The end of a sweep: adds the slots of the partial results in their order and turns them into the plan's statistics."""
+"""The end of a sweep: adds the slots of the partial results in their order and makes of them the plan's statistics."""
 
 import triton
 import triton.language as tl

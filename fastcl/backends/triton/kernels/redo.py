@@ -1,7 +1,7 @@
 """Recomputes with a running maximum each log-sum-exp that the fixed shift may have hurt (see fastcl.backends.shift).
 
-Always launched, so that nobody has to ask the device whether it is needed; a block with nothing flagged returns at once.
-A sum of 0 is flagged too, because it does not tell an empty row from one that underflowed.
+Always launched, so that nobody has to ask the device whether it is needed; a block with nothing flagged returns at
+once. A sum of 0 is flagged too, because it does not tell an empty row from one that underflowed.
 """
 
 import triton

@@ -2,9 +2,10 @@
 
 S is cut into super-tiles, at most 32 in a row or column and chosen from its shape alone. One program walks super-tile
 (r, c) in a fixed order and is the only writer of slot c for the rows of r and of slot r for the columns of c, so no
-atomics are needed and the bits do not depend on scheduling. A symmetric plan walks only r <= c and, in there, only tiles
-on and above the diagonal, which must be square: pair (i, j) of one above serves row i as it stands and row j as (j, i),
-whose mask is evaluated by itself because a target need not be an involution; one on the diagonal serves its rows only.
+atomics are needed and the bits do not depend on scheduling. A symmetric plan walks only r <= c and, in there, only
+tiles on and above the diagonal, which must be square: pair (i, j) of one above serves row i as it stands and row j as
+(j, i), whose mask is evaluated by itself because a target need not be an involution; one on the diagonal serves its
+rows only.
 """
 
 import triton
@@ -164,7 +165,7 @@ def sweep_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: (super-tiles in a column, super-tiles in a row). Partials are [terms, slots, count], zero or -inf before."""
+    """Grid: (super-tiles in a column, super-tiles in a row). Partials [terms, slots, count] start at zero or -inf."""
     r = tl.program_id(0)
     c = tl.program_id(1)
     if SYMMETRIC:
