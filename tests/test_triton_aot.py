@@ -1,0 +1,196 @@
+"""The Triton kernels compiled ahead of time for every supported GPU, which needs none: what each one will ask of it.
+
+At every default configuration a kernel must fit the shared memory of its architecture (which Triton checks only at a
+launch) and keep everything in registers; on Hopper its half-precision products must be warp-group ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from fastcl import tuning
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("an interpreted kernel can't be compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fastcl.backends.triton.kernels.combine import combine_kernel  # noqa: E402
+from fastcl.backends.triton.kernels.redo import redo_kernel  # noqa: E402
+from fastcl.backends.triton.kernels.sweep import sweep_kernel  # noqa: E402
+from fastcl.backends.triton.kernels.weights import weights_kernel  # noqa: E402
+from fastcl.backends.triton.plan import constants  # noqa: E402
+from fastcl.terms import Axis, Mask, Plan, Reduce, Term  # noqa: E402
+
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes a block may have, by compute capability."""
+
+NOT_SELF, NEITHER = Mask(self_pair=False), Mask(self_pair=False, target=False)
+NT_XENT = Plan(
+    (Term(Reduce.LSE, NEITHER), Term(Reduce.SUM, Mask(target=True)), Term(Reduce.MAX, NEITHER)), symmetric=True
+)
+CLIP = Plan(
+    (
+        Term(Reduce.LSE, NOT_SELF),
+        Term(Reduce.LSE, NOT_SELF, Axis.COLUMN),
+        Term(Reduce.SUM, Mask(self_pair=True)),
+        Term(Reduce.MAX, NOT_SELF),
+        Term(Reduce.MAX, NOT_SELF, Axis.COLUMN),
+    )
+)
+
+WEIGHTS = {"MIRROR": False, "GROUP_M": 8}
+CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+    ("sweep_symmetric", sweep_kernel, constants(NT_XENT).as_arguments()),
+    ("sweep", sweep_kernel, constants(CLIP).as_arguments()),
+    ("redo", redo_kernel, {"OWN_IS_ROW": True, "SELF": 2, "TARGET": 2}),
+    ("weights_symmetric", weights_kernel, constants(NT_XENT).as_arguments() | WEIGHTS | {"MIRROR": True}),
+    ("weights", weights_kernel, constants(CLIP).as_arguments() | WEIGHTS),
+)
+"""(entry of the tuning table, kernel, constants): the most demanding plan for each kernel."""
+
+PRECISIONS = {"half": ("bf16", "ieee"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "tf32x3")}
+"""By precision class: the operands' type and tl.dot's input_precision."""
+
+
+class Usage(NamedTuple):
+    registers: int
+    stack: int
+    shared_memory: int
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capability: int, warps: int, stages: int) -> Any:
+    """As a launch would with aligned operands and D divisible by 16."""
+    of_operands = {"a_ptr", "b_ptr", "own_ptr", "other_ptr", "panel_ptr"}
+    divisible = {"d", "stride_a", "stride_b", "stride_own", "stride_other", "panel_stride"}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + (dtype if name in of_operands else "i32" if name == "target_ptr" else "fp32")
+        else:
+            signature[name] = "fp32" if name == "threshold" else "i32"
+        if name.endswith("_ptr") or name in divisible:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compile_at(
+    kernel: Any, dtype: str, precision: str, constants: dict[str, Any], capability: int, config: tuning.Config
+) -> Any:
+    tile = {
+        "EVEN_D": False,
+        "PRECISION": precision,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+    }
+    return compile_kernel(kernel, dtype, constants | tile, capability, config.num_warps, config.num_stages)
+
+
+def usage(compiled: Any, folder: Path) -> Usage:
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    report = subprocess.run([cuobjdump, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
+    return Usage(int(registers), int(stack), compiled.metadata.shared)
+
+
+def table(capability: int) -> tuning.Table:
+    return tuning.table(divmod(capability, 10))
+
+
+def default_cases(capability: int) -> Iterator[tuple[str, str, Any, dict[str, Any], tuning.Config]]:
+    for name, kernel, kernel_constants in CASES:
+        for precision in PRECISIONS:
+            for config in dict.fromkeys(config for _, config in table(capability).entries[name, precision]):
+                yield name, precision, kernel, kernel_constants, config
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_default_configurations_fit(capability: int, tmp_path: Path, record_property: Any) -> None:
+    """All are compiled before any is judged, so that a failure shows every one that doesn't fit."""
+    assert table(capability).shared_memory <= SHARED_MEMORY[capability]
+    too_much = []
+    for name, precision, kernel, kernel_constants, config in default_cases(capability):
+        dtype, dot = PRECISIONS[precision]
+        compiled = compile_at(kernel, dtype, dot, kernel_constants, capability, config)
+        if capability == 90 and precision == "half":
+            assert "HGMMA" in compiled.asm["sass"]
+        used = usage(compiled, tmp_path)
+        record_property(f"{name} {precision}", used._asdict())
+        if used.stack or used.shared_memory > table(capability).shared_memory:
+            too_much.append((name, precision, config, used))
+    assert not too_much
+
+
+@pytest.mark.parametrize("case", [0, 1, 3, 4], ids=lambda i: CASES[i][0])
+def test_float16_on_hopper(case: int, tmp_path: Path) -> None:
+    """As bfloat16 does; that the other architectures treat the two alike is taken for granted."""
+    name, kernel, kernel_constants = CASES[case]
+    _, config = table(90).entries[name, "half"][0]
+    compiled = compile_at(kernel, "fp16", "ieee", kernel_constants, 90, config)
+    assert "HGMMA" in compiled.asm["sass"]
+    assert usage(compiled, tmp_path).stack == 0
+
+
+@pytest.mark.parametrize("terms", [constants(NT_XENT).row_terms, constants(CLIP).column_terms])
+def test_combine_fits(terms: Any, tmp_path: Path) -> None:
+    compiled = compile_kernel(combine_kernel, "fp32", {"TERMS": terms, "BLOCK": 256}, 80, 4, 3)
+    assert usage(compiled, tmp_path).stack == 0
+
+
+@pytest.mark.parametrize("case", [1, 2, 4], ids=lambda i: CASES[i][0])
+def test_row_offsets_are_64_bit(case: int) -> None:
+    """N * D may exceed 2**31: both operands' indices are widened before they are multiplied by a stride.
+
+    What remains in 32 bits is the offset within one tile of W, as many rows of a bounded panel as a tile has.
+    """
+    name, kernel, kernel_constants = CASES[case]
+    _, config = table(90).entries[name, "half"][0]
+    ir = compile_at(kernel, "bf16", "ieee", kernel_constants, 90, config).asm["ttir"]
+    products = re.findall(r"arith\.muli .* : tensor<(\d+x\d+)x(i\d+)>", ir)
+    rows, columns = f"{config.block_m}x1", f"1x{config.block_n}"
+    assert {(rows, "i64"), (columns, "i64")} <= set(products)
+    narrow = [product for product in products if product[1] == "i32"]
+    assert narrow == ([(rows, "i32")] if name == "weights" else [])
+
+
+def test_tables_are_complete() -> None:
+    """Every capability finds exactly one table; a triangle of tiles is made of squares."""
+    tables = tuning.tables()
+    claimed = [capability for t in tables for capability in t.capabilities]
+    assert len(claimed) == len(set(claimed))
+    assert sum(not t.capabilities for t in tables) == 1
+    for t in tables:
+        assert all(t.entries.values())
+        for (kernel, _), entries in t.entries.items():
+            for _, config in entries:
+                assert config.block_m == config.block_n or not kernel.endswith("symmetric")
+
+
+def test_nearest_shape() -> None:
+    entries = (({"n": 1024, "d": 64}, "small"), ({"n": 1024, "d": 1024}, "deep"), ({"n": 65536, "d": 64}, "tall"))
+    distance = tuning._distance
+    nearest = lambda **shape: min(entries, key=lambda e: distance(e[0], shape))[1]  # noqa: E731
+    assert nearest(n=2000, m=1, d=80) == "small"
+    assert nearest(n=500, m=1, d=700) == "deep"
+    assert nearest(n=10**6, m=1, d=128) == "tall"
