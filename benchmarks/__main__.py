@@ -18,7 +18,7 @@ from benchmarks.report import Machine, Row, format_case, make_rows, write_csv
 from benchmarks.runner import Limits, Runner
 
 ROOT = Path(__file__).resolve().parent
-QUICK = Limits(rounds=3, budget_s=0.2, call_s=8.0, request_s=60.0, total_s=95.0)
+QUICK = Limits(rounds=3, budget_s=0.2, call_s=5.0, request_s=60.0, total_s=90.0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,8 +65,8 @@ def measure(options: argparse.Namespace) -> int:
         for rate in machine.rates.values():
             _say(f"torch.mm: {rate}")
         folder = ROOT / "results" / device_slug(machine.device) if options.keep else options.out
-        for case in cases:
-            results = runner.run(case)
+        for number, case in enumerate(cases):
+            results = runner.run(case, len(cases) - number)
             if not results:
                 continue
             case_rows = make_rows(results, machine)

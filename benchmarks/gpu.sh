@@ -18,9 +18,9 @@ if [[ -z $out || $out == --* ]]; then
 fi
 python=${PYTHON:-python3}
 if [[ ${2:-} == --quick ]]; then
-  build_s=60 wheels_s=15 tests_s=70 bench_s=80
+  build_s=35 wheels_s=15 tests_s=50 bench_s=90
 else
-  build_s=100 wheels_s=30 tests_s=200 bench_s=190
+  build_s=90 wheels_s=30 tests_s=170 bench_s=200
 fi
 
 mkdir -p "$out"
@@ -28,13 +28,7 @@ out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.." || exit 2
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-exec > >(tee "$out/log.txt") 2>&1
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
-
-if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
-  echo "no NVIDIA GPU that $python's torch can use: nothing was run"
-  exit 1
-fi
 
 failed=()
 stage() { # NAME SECONDS COMMAND...
@@ -48,8 +42,14 @@ stage() { # NAME SECONDS COMMAND...
   return "$code"
 }
 
-stage machine 20 nvidia-smi || failed+=(machine)
-stage versions 60 "$python" - <<'EOF' || failed+=(versions)
+run() {
+  if ! "$python" -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; then
+    echo "no NVIDIA GPU that $python's torch can use: nothing was run"
+    return 1
+  fi
+
+  stage machine 10 nvidia-smi || failed+=(machine)
+  stage versions 20 "$python" - <<'EOF' || failed+=(versions)
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -64,30 +64,34 @@ for name in ("triton", "numpy", "pytest", "matplotlib", "inf_cl", "liger-kernel"
         print(name, "is not installed")
 EOF
 
-if ! stage build "$build_s" "$python" setup.py -q build_ext --inplace; then
-  echo "the C++ extension was not built: the CPU engine is missing here, the GPU's tests and benchmarks don't need it"
-fi
+  if ! stage build "$build_s" "$python" setup.py -q build_ext --inplace; then
+    echo "the C++ extension was not built: the CPU engine is missing here, the GPU's tests and benchmarks don't need it"
+  fi
 
-if [[ -n ${WHEELS:-} ]]; then
-  # Without dependencies: a peer must not bring another torch along.
-  stage wheels "$wheels_s" "$python" -m pip install -q --no-index --no-deps --target "$scratch/peers" "$WHEELS"/*.whl ||
-    failed+=(wheels)
-  # After the environment's own packages, which stay what they are.
-  echo "import sys; sys.path.append('$scratch/peers')" >"$scratch/sitecustomize.py"
-  export PYTHONPATH="$scratch${PYTHONPATH:+:$PYTHONPATH}"
-fi
+  if [[ -n ${WHEELS:-} ]]; then
+    # Without dependencies: a peer must not bring another torch along.
+    stage wheels "$wheels_s" "$python" -m pip install -q --no-index --no-deps --target "$scratch/peers" "$WHEELS"/*.whl ||
+      failed+=(wheels)
+    # After the environment's own packages, which stay what they are.
+    echo "import sys; sys.path.append('$scratch/peers')" >"$scratch/sitecustomize.py"
+    export PYTHONPATH="$scratch${PYTHONPATH:+:$PYTHONPATH}"
+  fi
 
-stage tests "$tests_s" "$python" -m pytest -m gpu -q -p no:cacheprovider tests || failed+=(tests)
+  stage tests "$tests_s" "$python" -m pytest -m gpu -q -p no:cacheprovider tests || failed+=(tests)
 
-# The limit is the runner's own: it ends in time to write what it has.
-stage benchmark "$bench_s" \
-  "$python" -m benchmarks --quick --device cuda --limit $((bench_s - 30)) --out "$scratch/out" || failed+=(benchmark)
-cp "$scratch"/out/results.csv "$out"/ 2>/dev/null || failed+=(results)
-find "$scratch/out" -name '*.png' 2>/dev/null | sort | head -6 | while read -r plot; do cp "$plot" "$out"/; done
+  # The limit is the runner's own: it ends in time to write what it has.
+  stage benchmark "$bench_s" \
+    "$python" -m benchmarks --quick --device cuda --limit $((bench_s - 25)) --out "$scratch/out" || failed+=(benchmark)
+  cp "$scratch"/out/results.csv "$out"/ 2>/dev/null || failed+=(results)
+  find "$scratch/out" -name '*.png' 2>/dev/null | sort | head -6 | while read -r plot; do cp "$plot" "$out"/; done
 
-echo
-if ((${#failed[@]})); then
-  echo "failed: ${failed[*]} (after $SECONDS s); see $out/log.txt"
-  exit 1
-fi
-echo "all stages passed in $SECONDS s; see $out"
+  echo
+  if ((${#failed[@]})); then
+    echo "failed: ${failed[*]} (after $SECONDS s); see $out/log.txt"
+    return 1
+  fi
+  echo "all stages passed in $SECONDS s; see $out"
+}
+
+run 2>&1 | tee "$out/log.txt"
+exit "${PIPESTATUS[0]}"

@@ -153,7 +153,7 @@ def _unit(features: list[Tensor]) -> list[Tensor]:
 
 
 PEERS = (
-    Peer("lightly", "lightly", {"nt_xent": lightly_nt_xent}, matrices=8, learns_scale=False),
+    Peer("lightly", "lightly", {"nt_xent": lightly_nt_xent}, matrices=5, learns_scale=False),
     Peer(
         "pytorch-metric-learning",
         "pytorch-metric-learning",
@@ -162,8 +162,8 @@ PEERS = (
         most_pairs=128,
         learns_scale=False,
     ),
-    Peer("open_clip", "open_clip_torch", {"clip": open_clip_clip}, matrices=6),
-    Peer("info-nce-pytorch", "info-nce-pytorch", {"info_nce": info_nce_pytorch}, matrices=4, learns_scale=False),
+    Peer("open_clip", "open_clip_torch", {"clip": open_clip_clip}, matrices=4),
+    Peer("info-nce-pytorch", "info-nce-pytorch", {"info_nce": info_nce_pytorch}, matrices=3, learns_scale=False),
     Peer("torch chunked", "torch", _as_linear_layer(_torch_chunked)),
     Peer("inf-cl", "inf_cl", {"clip": inf_cl_clip}, devices=("cuda",)),
     Peer("memeff", "MemoryEfficientCLIP", {"clip": memeff_clip}, devices=("cuda",), learns_scale=False),

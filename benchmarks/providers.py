@@ -17,7 +17,8 @@ from benchmarks.peers import PEERS, Adapter, Peer
 from tests.cases import available_backends
 
 FASTCL = "fastcl"
-_LARGEST_DENSE_BACKEND = 1 << 26
+_LARGEST_DENSE_BACKEND = 1 << 22
+_SLOW_BACKENDS = ("tiled", "dense")
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,19 @@ class Provider:
 
 
 def providers(device: str) -> list[Provider]:
-    """All that could run on ``device``; whether a peer's library can be imported shows in its worker."""
-    ours = [_fastcl(name) for name in available_backends(device)]
-    return [*ours, _dense(), _compiled(), *(_peer(peer) for peer in PEERS if device in peer.devices)]
+    """All that could run on ``device``; whether a peer's library can be imported shows in its worker.
+
+    The most telling come first, so that a run that is cut short has them.
+    """
+    ours = available_backends(device)
+    peers = [_peer(peer) for peer in PEERS if device in peer.devices]
+    return [
+        *(_fastcl(name) for name in ours if name not in _SLOW_BACKENDS),
+        _dense(),
+        # On a CPU the strongest peer; on a GPU the one that is longest in starting.
+        *([_compiled(), *peers] if device == "cpu" else [*peers, _compiled()]),
+        *(_fastcl(name) for name in _SLOW_BACKENDS if name in ours),
+    ]
 
 
 def find(name: str, device: str) -> Provider:
@@ -100,7 +111,7 @@ def _compiled() -> Provider:
         torch.__version__,
         build,
         offers=lambda case: True,
-        needed_bytes=lambda case: case.dense_bytes(),
+        needed_bytes=lambda case: case.dense_bytes(2),
         compiles=True,
     )
 

@@ -146,6 +146,8 @@ def format_case(rows: Sequence[Row]) -> str:
     first = rows[0]
     title = f"{first.loss}  {first.pairs:,} pairs  dim {first.dim}  {first.dtype}"
     floor = f"floor {first.floor_passes:g} passes at {first.gemm_gflops:,.0f} GFLOP/s = {first.floor_ms:,.3g} ms"
+    if len(reasons := {(row.status, row.reason) for row in rows}) == 1 and first.median_ms is None:
+        return f"\n{title}: " + ": ".join(reasons.pop())
     ordered = sorted(rows, key=lambda row: math.inf if row.median_ms is None else row.median_ms)
     return "\n".join([f"\n{title}   ({floor})", HEADER, *map(_line, ordered)])
 
@@ -154,7 +156,7 @@ def _line(row: Row) -> str:
     errors = f"{_error(row.value_error):<13}{_error(row.gradient_error):<9}"
     if row.median_ms is None:
         return f"  {row.provider:<24}{row.status}: {row.reason}"
-    spread = f"{_number(row.p20_ms)} - {_number(row.p80_ms)}"
+    spread = f"{_number(row.p20_ms)} - {_number(row.p80_ms)}" if row.repeats > 1 else "one call"
     speedup = "" if row.speedup is None else f"{row.speedup:.2f}"
     compiled = "" if row.compile_s is None else f" (compiled in {row.compile_s:.1f} s)"
     gate = "" if row.gate_pairs == row.pairs else f" at {row.gate_pairs:,} pairs"

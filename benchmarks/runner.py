@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import signal
@@ -62,6 +63,8 @@ class Result:
     peak_bytes: int | None = None
     gradient_bytes: int | None = None
     needed_bytes: int | None = None
+    call_ms: float = 0.0
+    """one call, measured with the memory: how many more are worth their time"""
     times_ms: list[float] = field(default_factory=list)
 
     @property
@@ -133,10 +136,14 @@ class WorkerProcess:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def close(self) -> None:
-        """Lets the process end by itself, or ends it."""
+    def dismiss(self) -> None:
+        """Tells the process that nothing more will be asked."""
         with suppress(OSError):
             self.process.stdin.close()
+
+    def close(self) -> None:
+        """Lets the process end by itself, or ends it."""
+        self.dismiss()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=3)
         self.kill()
@@ -184,6 +191,8 @@ class Runner:
         self.deadline = None if limits.total_s is None else time.monotonic() + limits.total_s
         self.workers: dict[str, WorkerProcess] = {}
         self.missing: dict[str, str] = {}
+        self.case_deadline: float | None = None
+        self.compile_s: dict[str, float] = {}
         self.slowest: dict[tuple[str, str, str], tuple[Case, float]] = {}
         self.folder = tempfile.TemporaryDirectory()
 
@@ -191,6 +200,8 @@ class Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.dismiss()
         for worker in self.workers.values():
             worker.close()
         self.folder.cleanup()
@@ -216,11 +227,16 @@ class Runner:
         """A question to the process that measures nobody."""
         return self._worker(JUDGE).ask(op, self.limits.request_s, **arguments)
 
-    def run(self, case: Case) -> list[Result]:
-        """All providers that offer the case, in the order they are listed."""
+    def run(self, case: Case, cases_left: int = 1) -> list[Result]:
+        """All providers that offer the case, in the order they are listed.
+
+        In a run of limited time the case gets its share of what remains, with ``cases_left`` cases counting this one.
+        """
+        share_s = math.inf if self.deadline is None else (self.deadline - time.monotonic()) / cases_left
+        self.case_deadline = None if self.deadline is None else time.monotonic() + share_s
         results = [Result(provider, case) for provider in self.providers if provider.offers(case)]
         for result in results:
-            self._leave_out(result)
+            self._leave_out(result, share_s)
         if any(result.status == "pending" for result in results):
             gate_case, path = self._reference(case)
             for result in results:
@@ -233,9 +249,11 @@ class Runner:
             if result.status == "pending":
                 result.status = "ok"
                 self.slowest[self._key(result)] = (case, result.median_ms)
+            if result.compile_ms is not None:
+                self.compile_s[result.provider.name] = result.compile_ms / 1e3
         return results
 
-    def _leave_out(self, result: Result) -> None:
+    def _leave_out(self, result: Result, share_s: float) -> None:
         case, provider = result.case, result.provider
         if provider.name in self.missing:
             return result.close("missing", self.missing[provider.name])
@@ -249,6 +267,11 @@ class Runner:
         if result.needed_bytes > MEMORY_SHARE * available:
             needed, room = (f"{x / 1e9:,.1f} GB" for x in (result.needed_bytes, available))
             return result.close("left out", f"would need about {needed}, {room} are free")
+        compile_s = self.compile_s.get(provider.name, 0.0)
+        if compile_s > 0.7 * share_s:
+            return result.close(
+                "left out", f"compiling takes {compile_s:.0f} s, this run has {share_s:.0f} s for the case"
+            )
         before = self.slowest.get(self._key(result))
         if before is not None:
             smaller, ms = before
@@ -272,8 +295,8 @@ class Runner:
 
     def _gate_and_memory(self, result: Result, gate_case: Case, path: str) -> None:
         case = result.case
-        if self._late():
-            return result.close("left out", f"the run's {self.limits.total_s:.0f} s were over")
+        if self._share_is_over():
+            return result.close("left out", f"the case's share of the run's {self.limits.total_s:.0f} s was over")
         self.progress(f"{case.name}: {result.provider.name}, gate")
         gate = self._ask(result, "gate", case=gate_case.to_json(), path=path)
         result.gate_pairs = gate_case.pairs
@@ -285,18 +308,22 @@ class Runner:
         memory = self._ask(result, "memory", case=case.to_json())
         result.compile_ms = memory["first_ms"] if gate_case != case else gate["first_ms"]
         result.peak_bytes, result.gradient_bytes = memory["peak"], memory["gradients"]
+        result.call_ms = memory["call_ms"]
         # A call that outlasts a round's budget many times over is timing enough.
-        if memory["call_ms"] / 1e3 > 5 * self.limits.budget_s:
-            result.times_ms.append(memory["call_ms"])
+        if self._is_slow(result):
+            result.times_ms.append(result.call_ms)
         return None
 
     def _round(self, result: Result, number: int) -> None:
-        slow = result.times_ms and result.times_ms[0] / 1e3 > 5 * self.limits.budget_s
-        if result.times_ms and (self._late() or (slow and len(result.times_ms) >= 3)):
+        if result.times_ms and (self._share_is_over() or (self._is_slow(result) and len(result.times_ms) >= 3)):
             return
         self.progress(f"{result.case.name}: {result.provider.name}, round {number + 1} of {self.limits.rounds}")
-        options = {"budget_s": self.limits.budget_s, "warmup": 0 if slow else 1}
+        # A long call needs no warming up.
+        options = {"budget_s": self.limits.budget_s, "warmup": int(result.call_ms / 1e3 < self.limits.budget_s)}
         result.times_ms += self._ask(result, "time", case=result.case.to_json(), **options)["ms"]
+
+    def _is_slow(self, result: Result) -> bool:
+        return result.call_ms / 1e3 > 5 * self.limits.budget_s
 
     def _guarded(self, result: Result, action: Callable[[], None]) -> None:
         """Does ``action`` unless the result is closed; what goes wrong closes it instead of the run."""
@@ -329,6 +356,9 @@ class Runner:
 
     def _late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _share_is_over(self) -> bool:
+        return self.case_deadline is not None and time.monotonic() > self.case_deadline
 
     @staticmethod
     def _key(result: Result) -> tuple[str, str, str]:
