@@ -162,6 +162,9 @@ class _Judge:
             Path(str(arguments["path"])).touch()
         return {"available": {"bytes": 16e9}, "reference": {}, "gate": {**(self.gate or {}), "first_ms": None}}[op]
 
+    def dismiss(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
