@@ -40,9 +40,10 @@ def check_against_float64(
         if float(y.double().norm()) < floor:
             assert float((x.double() - y).norm()) <= max(float((z.double() - y).norm()), floor), name
             continue
-        # The temperature's gradient is one number, a sum in which most of the terms cancel.
-        tolerance = TOLERANCE[dtype] * (5 if name == "temperature" else 1)
-        error, budget = relative_error(x, y), relative_error(z, y) + tolerance
+        error, budget = relative_error(x, y), relative_error(z, y) + TOLERANCE[dtype]
+        if name == "temperature":
+            # One number, in which most of the sum cancels: a single draw of rounding noise, not the norm of many.
+            budget *= 4
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
 
 
