@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+import fastcl
 from fastcl import doctor
 from fastcl.backends import tiled
 from tests.cases import available_backends
@@ -18,6 +20,11 @@ def test_python_m_fastcl() -> None:
     for name in available_backends():
         assert f"\n{name:9} works on cpu" in done.stdout
     assert "cuda      unavailable: the CUDA C++ kernels are not part" in done.stdout
+
+
+@pytest.mark.skipif("FASTCL_EXPECT_CPU" not in os.environ, reason="FASTCL_EXPECT_CPU doesn't ask for the C++ engine")
+def test_the_engine_is_there_where_it_is_expected() -> None:
+    assert fastcl.list_backends()["cpu"] is None
 
 
 def test_summary_is_one_line() -> None:
