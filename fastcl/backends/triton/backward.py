@@ -151,8 +151,8 @@ def _multiplier(codes: Constants, row_incoming: Tensor, column_incoming: Tensor,
 
 
 def _largest_sum(terms: tuple[TermCode, ...], incoming: Tensor) -> Tensor:
-    counts = [t for t, (reduce, _, _) in enumerate(terms) if reduce != MAX_CODE]
-    return incoming[counts].abs().amax(dim=1).sum()
+    zero = torch.zeros((), dtype=torch.float32, device=incoming.device)
+    return sum((incoming[t].abs().amax() for t, (reduce, _, _) in enumerate(terms) if reduce != MAX_CODE), zero)
 
 
 def _unscaled(grad: Tensor | None, multiplier: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -160,10 +160,7 @@ def _unscaled(grad: Tensor | None, multiplier: Tensor, dtype: torch.dtype) -> Te
 
 
 def _add_product(accumulator: Tensor, weights: Tensor, vectors: Tensor) -> None:
-    if accumulator.is_cuda and weights.dtype is not torch.float32 and _HAS_OUT_DTYPE:
+    if accumulator.is_cuda and weights.dtype is not torch.float32:
         torch.addmm(accumulator, weights, vectors, out_dtype=torch.float32, out=accumulator)
     else:
         accumulator.addmm_(weights.float(), vectors.float())
-
-
-_HAS_OUT_DTYPE = "dtype_out" in torch.ops.aten.addmm.overloads()

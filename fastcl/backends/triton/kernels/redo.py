@@ -11,9 +11,9 @@ from fastcl.backends.triton.kernels.tile import (
     LN_2,
     LOG2_E,
     REQUIRED,
-    admitted,
     inner_products,
     target_columns,
+    where_admitted,
 )
 
 
@@ -66,18 +66,20 @@ def redo_kernel(
             is_self = own[:, None] - other[None, :] == self_offset
             targets_of_other = target_columns(target_ptr, other, other_count, USES_TARGET)
             is_target = own[:, None] == targets_of_other[None, :]
-        keep = inside & admitted(inside, is_self, is_target, SELF, TARGET)
 
         # a mask that requires a test leaves nearly every tile without a pair
         needed = True
-        if SELF == REQUIRED or TARGET == REQUIRED:
-            needed = tl.max(tl.max(keep.to(tl.int32), axis=1), axis=0) > 0
+        if TARGET == REQUIRED:
+            needed = tl.max(tl.max(is_target.to(tl.int32), axis=1), axis=0) > 0
+        elif SELF == REQUIRED:
+            needed = tl.max(tl.max(is_self.to(tl.int32), axis=1), axis=0) > 0
         if needed:
             products = inner_products(
                 own_ptr, other_ptr, own, other, own_count, other_count, d, stride_own, stride_other,
                 BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
             )  # fmt: skip
-            logits = tl.where(keep, products * scale_log2, float("-inf"))
+            logits = tl.where(inside, products * scale_log2, float("-inf"))
+            logits = where_admitted(logits, float("-inf"), None, is_self, is_target, SELF, TARGET)
             new_largest = tl.maximum(largest, tl.max(logits, axis=1))
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
             total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(logits - base[:, None]), axis=1)

@@ -19,11 +19,11 @@ from fastcl.backends.triton.kernels.tile import (
     MAX,
     REQUIRED,
     SUM,
-    admitted,
     any_between,
     inner_products,
     self_columns,
     target_columns,
+    where_admitted,
 )
 
 
@@ -93,11 +93,10 @@ def _reduce_term(
         else:
             values = products * scale
         if MASKED:
-            keep = admitted(inside, is_self, is_target, SELF, TARGET)
             if REDUCE == MAX:
-                values = tl.where(keep, values, float("-inf"))
+                values = where_admitted(values, float("-inf"), inside, is_self, is_target, SELF, TARGET)
             else:
-                values = tl.where(keep, values, 0.0)
+                values = where_admitted(values, 0.0, inside, is_self, is_target, SELF, TARGET)
         if REDUCE == MAX:
             return tl.reduce(values, AXIS, _largest)
         else:

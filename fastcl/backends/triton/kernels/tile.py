@@ -78,21 +78,23 @@ def any_between(values, first, last):
 
 
 @triton.jit
-def admitted(inside, is_self, is_target, SELF: tl.constexpr, TARGET: tl.constexpr):
-    """The mask of a term, as fastcl.terms.Mask defines it; exceptional pairs are inside by construction."""
-    keep = inside
+def where_admitted(values, nothing, inside, is_self, is_target, SELF: tl.constexpr, TARGET: tl.constexpr):
+    """The values of pairs that a mask (fastcl.terms.Mask) admits, ``nothing`` for the others.
+
+    One selection for each test and not one by their conjunction: LLVM packs a tile of conjunctions into registers of
+    bits, and the kernels spill. ``inside`` may be None; an exceptional pair is inside by construction.
+    """
     if SELF == REQUIRED:
-        keep = is_self
+        values = tl.where(is_self, values, nothing)
     if TARGET == REQUIRED:
-        if SELF == REQUIRED:
-            keep = keep & is_target
-        else:
-            keep = is_target
+        values = tl.where(is_target, values, nothing)
+    if SELF != REQUIRED and TARGET != REQUIRED and inside is not None:
+        values = tl.where(inside, values, nothing)
     if SELF == FORBIDDEN:
-        keep = keep & (is_self == 0)
+        values = tl.where(is_self, nothing, values)
     if TARGET == FORBIDDEN:
-        keep = keep & (is_target == 0)
-    return keep
+        values = tl.where(is_target, nothing, values)
+    return values
 
 
 @triton.jit

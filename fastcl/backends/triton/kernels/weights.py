@@ -17,11 +17,11 @@ from fastcl.backends.triton.kernels.tile import (
     LSE,
     MAX,
     REQUIRED,
-    admitted,
     any_between,
     inner_products,
     spread,
     target_columns,
+    where_admitted,
 )
 
 # exp(c - L) would lose precision beyond; only statistics merged from other shards come near
@@ -63,13 +63,11 @@ def _add_masked(
     """Adds what the terms along one axis contribute to a tile, whatever is in it."""
     for t in tl.static_range(len(TERMS)):
         if TERMS[t][0] != MAX:
-            keep = admitted(True, is_self, is_target, TERMS[t][1], TERMS[t][2])
-            incoming = spread(tl.load(incoming_ptr + t * count + index, mask=index < count, other=0.0), AXIS)
+            slopes = spread(tl.load(incoming_ptr + t * count + index, mask=index < count, other=0.0), AXIS)
             if TERMS[t][0] == LSE:
                 lse_log2 = spread(_lse_log2(statistics_ptr + t * count, index, count), AXIS)
-                weights += tl.where(keep, tl.exp2(logits_log2 - lse_log2) * incoming, 0.0)
-            else:
-                weights += tl.where(keep, incoming, 0.0)
+                slopes = tl.exp2(logits_log2 - lse_log2) * slopes
+            weights += where_admitted(slopes, 0.0, None, is_self, is_target, TERMS[t][1], TERMS[t][2])
     return weights
 
 
