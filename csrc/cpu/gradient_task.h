@@ -34,14 +34,15 @@ struct Factors {
 // exponential e = exp(S - shift), as exp(S - L) = e * ratio. The incoming gradient is multiplied last: its product with
 // the ratio alone could underflow.
 template <bool kRows, bool kColumns>
-inline void weigh_shared(float* dots, int64_t vectors, float scale, float shift, const Factors<kStrip>& rows,
-                         const Factors<kTile>& columns) {
-  for (int64_t v = 0; v < vectors; ++v, dots += kLanes) {
-    const Vector column_gradient = kColumns ? load(columns.gradient[0] + v * kLanes) : Vector{};
-    const Vector column_ratio = kColumns ? load(columns.ratio[0] + v * kLanes) : Vector{};
+inline void weigh_shared(const Strip& strip, float scale, float shift, const Factors<kStrip>& rows,
+                         const Factors<kMaxTile>& columns) {
+  for (int64_t v = 0; v < strip.vectors; ++v) {
+    const int64_t c = strip.column + v * kLanes;
+    const Vector column_gradient = kColumns ? load(columns.gradient[0] + c) : Vector{};
+    const Vector column_ratio = kColumns ? load(columns.ratio[0] + c) : Vector{};
 #pragma GCC unroll 16
     for (int r = 0; r < kStrip; ++r) {
-      float* p = dots + r * kTilePitch;
+      float* p = strip.dots + r * kTilePitch + v * kLanes;
       const Vector e = exp2(load(p) * scale - shift);
       Vector w{};
       if (kRows) w = rows.gradient[0][r] * (e * rows.ratio[0][r]);
@@ -52,16 +53,17 @@ inline void weigh_shared(float* dots, int64_t vectors, float scale, float shift,
 }
 
 // The same for any number of terms and any L, with an exponential for each.
-inline void weigh_apart(float* dots, int64_t vectors, float scale, const Factors<kStrip>& rows,
-                        const Factors<kTile>& columns) {
-  for (int64_t v = 0; v < vectors; ++v) {
+inline void weigh_apart(const Strip& strip, float scale, const Factors<kStrip>& rows,
+                        const Factors<kMaxTile>& columns) {
+  for (int64_t v = 0; v < strip.vectors; ++v) {
+    const int64_t c = strip.column + v * kLanes;
     for (int r = 0; r < kStrip; ++r) {
-      float* p = dots + r * kTilePitch + v * kLanes;
+      float* p = strip.dots + r * kTilePitch + v * kLanes;
       const Vector logits = load(p) * scale;
       Vector w{};
       for (int t = 0; t < rows.count; ++t) w += rows.gradient[t][r] * exp2((logits - rows.value[t][r]) * kLog2E);
       for (int t = 0; t < columns.count; ++t) {
-        w += load(columns.gradient[t] + v * kLanes) * exp2((logits - load(columns.value[t] + v * kLanes)) * kLog2E);
+        w += load(columns.gradient[t] + c) * exp2((logits - load(columns.value[t] + c)) * kLog2E);
       }
       store(p, w);
     }
@@ -82,21 +84,21 @@ inline double exceptional_weight(const AxisTerms& axis, const AxisGradient& grad
 
 // Stores a strip of W as the LEFT of both products. For floats both are the strip itself.
 template <class Dot>
-inline void store_weights(const float* strip, int64_t row, int64_t vectors, const Workspace& space) {
+inline void store_weights([[maybe_unused]] const Strip& strip, [[maybe_unused]] const Workspace& space) {
 #ifdef __AVX512BF16__
   if constexpr (Dot::kPairs == 2) {
     for (int64_t r = 0; r < kStrip; r += 2) {
-      uint16_t* even = reinterpret_cast<uint16_t*>(space.w_rows + (row + r) * (kTilePitch / 2));
+      uint16_t* even = reinterpret_cast<uint16_t*>(space.w_rows + (strip.row + r) * (kTilePitch / 2)) + strip.column;
       uint16_t* odd = even + kTilePitch;
-      float* columns = space.w_columns + (row + r) / 2 * kTilePitch;
-      for (int64_t c = 0; c < vectors * kLanes; c += kLanes) {
-        const __m256i upper = (__m256i)_mm512_cvtneps_pbh((__m512)load(strip + r * kTilePitch + c));
-        const __m256i lower = (__m256i)_mm512_cvtneps_pbh((__m512)load(strip + (r + 1) * kTilePitch + c));
+      float* pairs = space.w_columns + (strip.row + r) / 2 * kTilePitch + strip.column;
+      for (int64_t c = 0; c < strip.vectors * kLanes; c += kLanes) {
+        const float* weights = strip.dots + r * kTilePitch + c;
+        const __m256i upper = (__m256i)_mm512_cvtneps_pbh((__m512)load(weights));
+        const __m256i lower = (__m256i)_mm512_cvtneps_pbh((__m512)load(weights + kTilePitch));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(even + c), upper);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd + c), lower);
-        const __m512i pairs =
-            _mm512_or_si512(_mm512_cvtepu16_epi32(upper), _mm512_slli_epi32(_mm512_cvtepu16_epi32(lower), 16));
-        _mm512_storeu_si512(columns + c, pairs);
+        _mm512_storeu_si512(pairs + c, _mm512_or_si512(_mm512_cvtepu16_epi32(upper),
+                                                       _mm512_slli_epi32(_mm512_cvtepu16_epi32(lower), 16)));
       }
     }
   }
@@ -116,51 +118,54 @@ void gradient_task(const Sweep& sweep, const AxisGradient& rows, const AxisGradi
   const float factor = scale.logit * kLog2E;
   const float shift = sweep.shift * kLog2E;
   const int64_t depth = sweep.x.depth;
-  Factors<kTile> column_factors;
+  Factors<kMaxTile> column_factors;
   const auto pack = [&](const Tile& tile) {
-    pack_columns<Dot>(sweep, tile, rows.product != nullptr, space);
+    prepare_columns<Dot>(sweep, tile, rows.product != nullptr, space);
     column_factors.gather(columns, tile.column, tile.columns);
   };
   for_each_tile(sweep, task, pack, [&](const Tile& tile) {
-    pack_tile_rows<Dot>(sweep, tile, columns.product != nullptr, space);
+    prepare_tile_rows<Dot>(sweep, tile, columns.product != nullptr, space);
     const bool apart = rows.dense_count > 1 || columns.dense_count > 1 || any_flagged(rows, tile.row, tile.rows) ||
                        any_flagged(columns, tile.column, tile.columns);
-    for_each_strip<Dot>(sweep, tile, space, Dot::kPairs == 1, [&](int64_t row, float* dots, int64_t vectors) {
+    for_each_strip<Dot>(sweep, tile, space, Dot::kPairs == 1, [&](const Strip& strip) {
       Factors<kStrip> row_factors;
-      row_factors.gather(rows, tile.row + row, smaller(tile.rows - row, kStrip));
+      row_factors.gather(rows, tile.row + strip.row, strip.height);
       if (apart) {
-        weigh_apart(dots, vectors, scale.logit, row_factors, column_factors);
+        weigh_apart(strip, scale.logit, row_factors, column_factors);
       } else if (rows.dense_count > 0 && columns.dense_count > 0) {
-        weigh_shared<true, true>(dots, vectors, factor, shift, row_factors, column_factors);
+        weigh_shared<true, true>(strip, factor, shift, row_factors, column_factors);
       } else if (rows.dense_count > 0) {
-        weigh_shared<true, false>(dots, vectors, factor, shift, row_factors, column_factors);
+        weigh_shared<true, false>(strip, factor, shift, row_factors, column_factors);
       } else {
-        weigh_shared<false, true>(dots, vectors, factor, shift, row_factors, column_factors);
+        weigh_shared<false, true>(strip, factor, shift, row_factors, column_factors);
       }
-      const int64_t s = row / kStrip;
+      const int64_t s = strip.row / kStrip;
       for (int32_t i = space.exceptional->strip_end[s]; i < space.exceptional->strip_end[s + 1]; ++i) {
         const Exceptional& pair = space.exceptional->pairs[i];
         const int64_t x = tile.row + pair.row;
         const int64_t y = tile.column + pair.column;
         const PairOutcome outcome = test_pair(sweep.tests, x, y);
         const float logit = pair.dot * sweep.scale;
-        dots[(pair.row - row) * kTilePitch + pair.column] = static_cast<float>(
-            exceptional_weight(sweep.rows, rows, x, outcome.self_pair, outcome.row_target, logit) +
-            exceptional_weight(sweep.columns, columns, y, outcome.self_pair, outcome.column_target, logit));
+        double weight = exceptional_weight(sweep.rows, rows, x, outcome.self_pair, outcome.row_target, logit);
+        // On the diagonal W + W.T is twice W, and both products add it.
+        if (!tile.diagonal || x != y) {
+          weight += exceptional_weight(sweep.columns, columns, y, outcome.self_pair, outcome.column_target, logit);
+        }
+        strip.dots[(pair.row - strip.row) * kTilePitch + pair.column - strip.column] = static_cast<float>(weight);
       }
-      store_weights<Dot>(dots, row, vectors, space);
+      store_weights<Dot>(strip, space);
     });
     const int64_t row_words = (tile.columns + Dot::kPairs - 1) / Dot::kPairs;
     const int64_t column_words = (tile.rows + Dot::kPairs - 1) / Dot::kPairs;
-    const int64_t pitch = row_pitch(depth);
     if (rows.product != nullptr) {
-      add_product<Dot, Layout::kRowMajor>(space.w_rows, kTilePitch / Dot::kPairs, space.y_pairs, pitch, row_words,
+      add_product<Dot, Layout::kRowMajor>(space.w_rows, kTilePitch / Dot::kPairs, space.y_pairs.words,
+                                          space.y_pairs.pitch, row_words, tile.diagonal,
                                           rows.lane_product(task.row_lane, depth) + tile.row * depth, tile.rows, depth);
     }
-    if (columns.product != nullptr && !tile.diagonal) {
-      add_product<Dot, Layout::kColumnMajor>(space.w_columns, kTilePitch, space.x_pairs, pitch, column_words,
-                                             columns.lane_product(task.column_lane, depth) + tile.column * depth,
-                                             tile.columns, depth);
+    if (columns.product != nullptr) {
+      add_product<Dot, Layout::kColumnMajor>(
+          space.w_columns, kTilePitch, space.x_pairs.words, space.x_pairs.pitch, column_words, tile.diagonal,
+          columns.lane_product(task.column_lane, depth) + tile.column * depth, tile.columns, depth);
     }
   });
 }

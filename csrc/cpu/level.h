@@ -11,8 +11,10 @@
 
 namespace fastcl::cpu {
 
-// Rows and columns of a tile of S. A multiple of every level's strip (12 or 6 rows) and panel (32, 16 or 8 columns).
-constexpr int64_t kTile = 192;
+// Most rows and columns of a tile of S, and what their number is a multiple of: every level's strip (12 or 6 rows) and
+// panel (32, 16 or 8 columns).
+constexpr int64_t kMaxTile = 384;
+constexpr int64_t kTileUnit = 96;
 
 // Dense log-sum-exp terms along one axis.
 constexpr int kMaxDense = 4;
@@ -42,7 +44,8 @@ struct Sweep {
   const int64_t* x_index;  // sweep only these x_count rows of x; null for all
   int64_t x_count;
   bool symmetric;
-  int64_t row_block;  // rows of a block of tiles, a multiple of kTile
+  int64_t tile;       // rows and columns of a tile
+  int64_t row_block;  // rows of a block of tiles, a multiple of tile
   int64_t column_block;
   float scale;
   float shift;

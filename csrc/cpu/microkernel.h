@@ -74,30 +74,33 @@ inline void multiply_strip(const float* left, ptrdiff_t left_pitch, const float*
 
 // OUT[rows, columns] += LEFT[rows, k] @ RIGHT[k, columns], rows and columns of any number. LEFT is padded to whole
 // strips and RIGHT to whole vectors; OUT, the caller's memory, is not, so that its ragged edges go through a scratch.
+// A triangular LEFT is zero below the diagonal where it is row-major, and above it where column-major (its transpose).
 template <class Dot, Layout kLayout>
 inline void add_product(const float* left, ptrdiff_t left_pitch, const float* right, ptrdiff_t right_pitch,
-                        int64_t depth, float* out, int64_t rows, int64_t columns) {
+                        int64_t depth, bool triangular, float* out, int64_t rows, int64_t columns) {
   // A panel of RIGHT stays in the first-level cache while LEFT streams past it.
   for (int64_t column = 0; column < columns; column += kPanel) {
     const int64_t width = smaller(columns - column, kPanel);
     for (int64_t row = 0; row < rows; row += kStrip) {
       const int64_t height = smaller(rows - row, kStrip);
-      const float* strip = kLayout == Layout::kRowMajor ? left + row * left_pitch : left + row;
+      const int64_t begin = triangular && kLayout == Layout::kRowMajor ? row / Dot::kPairs : 0;
+      const int64_t end =
+          triangular && kLayout == Layout::kColumnMajor ? smaller(depth, (row + kStrip) / Dot::kPairs) : depth;
+      const float* l = kLayout == Layout::kRowMajor ? left + row * left_pitch + begin : left + row;
+      const float* r = right + begin * right_pitch + column;
       float* target = out + row * columns + column;
       alignas(64) float scratch[kStrip * kPanel];
       const bool whole = height == kStrip && (width == kPanel || width == kLanes);
       float* destination = whole ? target : scratch;
       const int64_t pitch = whole ? columns : kPanel;
       if (width > kLanes) {
-        multiply_strip<Dot, kLayout, 2>(strip, left_pitch, right + column, right_pitch, depth, whole, destination,
-                                        pitch);
+        multiply_strip<Dot, kLayout, 2>(l, left_pitch, r, right_pitch, end - begin, whole, destination, pitch);
       } else {
-        multiply_strip<Dot, kLayout, 1>(strip, left_pitch, right + column, right_pitch, depth, whole, destination,
-                                        pitch);
+        multiply_strip<Dot, kLayout, 1>(l, left_pitch, r, right_pitch, end - begin, whole, destination, pitch);
       }
       if (whole) continue;
-      for (int64_t r = 0; r < height; ++r) {
-        for (int64_t c = 0; c < width; ++c) target[r * columns + c] += scratch[r * kPanel + c];
+      for (int64_t i = 0; i < height; ++i) {
+        for (int64_t c = 0; c < width; ++c) target[i * columns + c] += scratch[i * kPanel + c];
       }
     }
   }

@@ -63,6 +63,27 @@ inline int64_t row_words(int64_t depth) {
 // Distance between rows: whole cache lines, an odd number of them, so that a strip's rows fall into different sets.
 inline int64_t row_pitch(int64_t words) { return ((words + 15) / 16 | 1) * 16; }
 
+// Rows as the micro-kernel reads them: in a packed copy, or where they are.
+struct Rows {
+  const float* words;
+  int64_t pitch;
+};
+
+// Whether whole strips and panels of a matrix can be read in place. A strip of rows that lie a multiple of 4 KB apart
+// would share one set of the first-level cache.
+template <class Dot>
+inline bool readable_in_place(const Matrix& matrix) {
+  const bool same_type = matrix.dtype == (Dot::kPairs == 2 ? Dtype::kBFloat16 : Dtype::kFloat32);
+  return same_type && matrix.depth_stride == 1 && matrix.depth % (16 * Dot::kPairs) == 0 &&
+         matrix.row_stride % Dot::kPairs == 0 && matrix.row_stride / Dot::kPairs % 1024 != 0;
+}
+
+template <class Dot>
+inline Rows rows_in_place(const Matrix& matrix, int64_t begin) {
+  const int64_t pitch = matrix.row_stride / Dot::kPairs;
+  return {static_cast<const float*>(matrix.data) + begin * pitch, pitch};
+}
+
 template <class Dot>
 inline void pack_rows(const Matrix& matrix, const int64_t* index, int64_t begin, int64_t count, int64_t padded_count,
                       float* words, int64_t pitch) {
@@ -93,10 +114,11 @@ typedef int32_t FourIndices __attribute__((vector_size(16)));
 typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
 
 // `panels` from `rows`, four by four words at a time.
-inline void pack_panels(const float* rows, int64_t pitch, int64_t padded_count, int64_t words, float* panels) {
+inline void pack_panels(Rows rows, int64_t padded_count, int64_t words, float* panels) {
+  const int64_t pitch = rows.pitch;
   for (int64_t panel = 0; panel < padded_count; panel += kPanel, panels += kPanel * words) {
     for (int64_t c = 0; c < kPanel; c += 4) {
-      const float* source = rows + (panel + c) * pitch;
+      const float* source = rows.words + (panel + c) * pitch;
       int64_t k = 0;
       for (; k + 4 <= words; k += 4) {
         const Four r0 = *reinterpret_cast<const UnalignedFour*>(source + k);
@@ -121,11 +143,10 @@ inline void pack_panels(const float* rows, int64_t pitch, int64_t padded_count, 
 }
 
 // `pairs` from `rows` that hold two bfloat16 in a word.
-inline void pack_pairs(const float* rows, int64_t pitch, int64_t padded_count, int64_t depth, float* pairs,
-                       int64_t pairs_pitch) {
+inline void pack_pairs(Rows rows, int64_t padded_count, int64_t depth, float* pairs, int64_t pairs_pitch) {
   for (int64_t r = 0; r < padded_count; r += 2, pairs += pairs_pitch) {
-    const uint16_t* even = reinterpret_cast<const uint16_t*>(rows + r * pitch);
-    const uint16_t* odd = reinterpret_cast<const uint16_t*>(rows + (r + 1) * pitch);
+    const uint16_t* even = reinterpret_cast<const uint16_t*>(rows.words + r * rows.pitch);
+    const uint16_t* odd = reinterpret_cast<const uint16_t*>(rows.words + (r + 1) * rows.pitch);
     uint32_t* out = reinterpret_cast<uint32_t*>(pairs);
     for (int64_t d = 0; d < depth; ++d) out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
     std::memset(pairs + depth, 0, sizeof(float) * (pairs_pitch - depth));

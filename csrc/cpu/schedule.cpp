@@ -19,9 +19,16 @@ BlockRange one_block(int64_t block) { return {block, block + 1, 1}; }
 
 }  // namespace
 
-int64_t block_size(int64_t length) {
-  const int64_t tiles = ceil_divide(length, kTile);
-  return kTile * std::max<int64_t>(1, ceil_divide(tiles, kMaxBlocks));
+int64_t tile_size(int64_t rows, int64_t columns, int64_t depth) {
+  // A large tile is read less often from beyond the second-level cache. A small problem still needs several of them.
+  const int64_t largest = depth <= 512 ? kMaxTile : kMaxTile / 2;
+  const int64_t wanted = ceil_divide(std::max(rows, columns), 8 * kTileUnit) * kTileUnit;
+  return std::min(largest, wanted);
+}
+
+int64_t block_size(int64_t length, int64_t tile) {
+  const int64_t tiles = ceil_divide(length, tile);
+  return tile * std::max<int64_t>(1, ceil_divide(tiles, kMaxBlocks));
 }
 
 Workers worth(const Workers& workers, const Sweep& sweep) {

@@ -43,8 +43,10 @@ class Schedule {
   int64_t column_lanes_ = 1;
 };
 
-// Rows in a block, for an axis of this length.
-int64_t block_size(int64_t length);
+// Rows and columns of a tile, and rows in a block of tiles along an axis of this length: from the shape alone, so that
+// results do not depend on the machine's load or threads.
+int64_t tile_size(int64_t rows, int64_t columns, int64_t depth);
+int64_t block_size(int64_t length, int64_t tile);
 
 // `workers`, or one thread where the problem is too small for more to pay.
 Workers worth(const Workers& workers, const Sweep& sweep);

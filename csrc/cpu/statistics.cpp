@@ -70,8 +70,7 @@ void run_again(const Level& level, Sweep sweep, const Workers& workers, const st
   sweep.symmetric = false;
   // Small blocks keep all threads busy, but each block packs all of y.
   const int64_t share = (sweep.x_count / (4 * workers.threads) + 48 - 1) / 48 * 48;
-  sweep.row_block = std::clamp<int64_t>(share, 48, kTile);
-  sweep.column_block = block_size(sweep.y.rows);
+  sweep.row_block = std::clamp<int64_t>(share, 48, sweep.tile);
   dense_log_sums.resize(flagged.size());
   const Schedule schedule((sweep.x_count + sweep.row_block - 1) / sweep.row_block, 1, Writes::kRows, 1);
   schedule.run(worth(workers, sweep), level.workspace_bytes(sweep),

@@ -9,18 +9,17 @@
 namespace fastcl::cpu {
 namespace {
 
-// Sums of exp2(dot * scale - shift) over a strip: added to row_sums[kStrip], and to column_sums where kColumns.
+// Sums of exp2(dot * scale - shift) over a strip: row_sums[kStrip], and added to column_sums where kColumns.
 template <bool kColumns>
-inline void sum_exponentials(const float* dots, int64_t vectors, float scale, float shift, float* row_sums,
-                             float* column_sums) {
+inline void sum_exponentials(const Strip& strip, float scale, float shift, float* row_sums, float* column_sums) {
   Vector rows[kStrip];
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) rows[r] = Vector{};
-  for (int64_t v = 0; v < vectors; ++v, dots += kLanes) {
+  for (int64_t v = 0; v < strip.vectors; ++v) {
     Vector column = kColumns ? load(column_sums + v * kLanes) : Vector{};
 #pragma GCC unroll 16
     for (int r = 0; r < kStrip; ++r) {
-      const Vector e = exp2(load(dots + r * kTilePitch) * scale - shift);
+      const Vector e = exp2(load(strip.dots + r * kTilePitch + v * kLanes) * scale - shift);
       rows[r] += e;
       if (kColumns) column += e;
     }
@@ -30,26 +29,24 @@ inline void sum_exponentials(const float* dots, int64_t vectors, float scale, fl
   for (int r = 0; r < kStrip; ++r) row_sums[r] = sum(rows[r]);
 }
 
-// Maxima of a strip's logits, merged into the accumulators of its rows and of the tile's columns, null where not
-// wanted.
-inline void merge_maxima(const float* dots, int64_t vectors, float scale, int64_t rows, int64_t columns,
-                         double* row_max, double* column_max) {
+// Maxima of a strip's logits, merged into those of the tile's rows and columns, null where not wanted.
+inline void merge_maxima(const Strip& strip, float scale, int64_t columns, double* row_max, double* column_max) {
   Vector row[kStrip];
   for (int r = 0; r < kStrip; ++r) row[r] = broadcast(-INFINITY);
-  for (int64_t v = 0; v < vectors; ++v, dots += kLanes) {
+  for (int64_t v = 0; v < strip.vectors; ++v) {
     Vector column = broadcast(-INFINITY);
     for (int r = 0; r < kStrip; ++r) {
-      const Vector logits = load(dots + r * kTilePitch) * scale;
+      const Vector logits = load(strip.dots + r * kTilePitch + v * kLanes) * scale;
       row[r] = larger(logits, row[r]);
       column = larger(logits, column);
     }
-    for (int lane = 0; column_max != nullptr && lane < kLanes && v * kLanes + lane < columns; ++lane) {
-      double& value = column_max[v * kLanes + lane];
-      value = absorb(Reduce::kMax, value, column[lane]);
+    const int64_t first = strip.column + v * kLanes;
+    for (int lane = 0; column_max != nullptr && lane < smaller(columns - first, kLanes); ++lane) {
+      column_max[first + lane] = absorb(Reduce::kMax, column_max[first + lane], column[lane]);
     }
   }
-  for (int64_t r = 0; row_max != nullptr && r < smaller(rows, kStrip); ++r) {
-    row_max[r] = absorb(Reduce::kMax, row_max[r], largest(row[r]));
+  for (int64_t r = 0; row_max != nullptr && r < strip.height; ++r) {
+    row_max[strip.row + r] = absorb(Reduce::kMax, row_max[strip.row + r], largest(row[r]));
   }
 }
 
@@ -70,40 +67,36 @@ void statistics_task(const Sweep& sweep, const Accumulators& rows, const Accumul
   const Scale scale(sweep.scale);
   const float factor = scale.logit * kLog2E;
   const float shift = sweep.shift * kLog2E;
-  const auto pack = [&](const Tile& tile) { pack_columns<Dot>(sweep, tile, false, space); };
+  const auto pack = [&](const Tile& tile) { prepare_columns<Dot>(sweep, tile, false, space); };
   for_each_tile(sweep, task, pack, [&](const Tile& tile) {
-    pack_tile_rows<Dot>(sweep, tile, false, space);
-    const bool column_sums = sweep.columns.dense_sum && !tile.diagonal;
-    const bool column_max = sweep.columns.dense_max && !tile.diagonal;
-    if (column_sums) std::memset(space.column_sums, 0, sizeof(float) * kTile);
-    for_each_strip<Dot>(sweep, tile, space, false, [&](int64_t row, const float* dots, int64_t vectors) {
+    prepare_tile_rows<Dot>(sweep, tile, false, space);
+    double* row_sum = rows.dense_sum(task.row_lane) + tile.row;
+    double* row_max = sweep.rows.dense_max ? rows.dense_max(task.row_lane) + tile.row : nullptr;
+    double* column_max = sweep.columns.dense_max ? columns.dense_max(task.column_lane) + tile.column : nullptr;
+    if (sweep.columns.dense_sum) std::memset(space.column_sums, 0, sizeof(float) * kMaxTile);
+    for_each_strip<Dot>(sweep, tile, space, false, [&](const Strip& strip) {
       float sums[kStrip];
-      if (column_sums) {
-        sum_exponentials<true>(dots, vectors, factor, shift, sums, space.column_sums);
+      if (sweep.columns.dense_sum) {
+        sum_exponentials<true>(strip, factor, shift, sums, space.column_sums + strip.column);
       } else if (sweep.rows.dense_sum) {
-        sum_exponentials<false>(dots, vectors, factor, shift, sums, nullptr);
+        sum_exponentials<false>(strip, factor, shift, sums, nullptr);
       }
-      const int64_t height = smaller(tile.rows - row, kStrip);
-      for (int64_t r = 0; sweep.rows.dense_sum && r < height; ++r) {
-        rows.dense_sum(task.row_lane)[tile.row + row + r] += sums[r];
-      }
-      if (sweep.rows.dense_max || column_max) {
-        merge_maxima(dots, vectors, scale.logit, height, tile.columns,
-                     sweep.rows.dense_max ? rows.dense_max(task.row_lane) + tile.row + row : nullptr,
-                     column_max ? columns.dense_max(task.column_lane) + tile.column : nullptr);
+      for (int64_t r = 0; sweep.rows.dense_sum && r < strip.height; ++r) row_sum[strip.row + r] += sums[r];
+      if (row_max != nullptr || column_max != nullptr) {
+        merge_maxima(strip, scale.logit, tile.columns, row_max, column_max);
       }
     });
-    for (int64_t c = 0; column_sums && c < tile.columns; ++c) {
+    for (int64_t c = 0; sweep.columns.dense_sum && c < tile.columns; ++c) {
       columns.dense_sum(task.column_lane)[tile.column + c] += space.column_sums[c];
     }
-    for (int32_t i = 0; i < space.exceptional->strip_end[kStrips]; ++i) {
+    for (int32_t i = 0; i < space.exceptional->strip_end[kMaxStrips]; ++i) {
       const Exceptional& pair = space.exceptional->pairs[i];
       const int64_t x = tile.row + pair.row;
       const int64_t y = tile.column + pair.column;
       const PairOutcome outcome = test_pair(sweep.tests, x, y);
       const float logit = pair.dot * sweep.scale;
       absorb_exceptional(sweep.rows, rows, task.row_lane, x, outcome.self_pair, outcome.row_target, logit);
-      if (tile.diagonal) continue;
+      if (tile.diagonal && x == y) continue;
       absorb_exceptional(sweep.columns, columns, task.column_lane, y, outcome.self_pair, outcome.column_target, logit);
     }
   });
@@ -131,19 +124,19 @@ void running_task(const Sweep& sweep, const Task& task, double* values, void* me
   Workspace space;
   lay_out<Dot>(sweep, static_cast<char*>(memory), space);
   const Scale scale(sweep.scale);
-  Running running[kTile];
+  Running running[kMaxTile];
   for (int64_t rb = task.rows.begin; rb < task.rows.end; rb += task.rows.step) {
     const int64_t row_end = smaller((rb + 1) * sweep.row_block, sweep.x_count);
-    for (int64_t row = rb * sweep.row_block; row < row_end; row += kTile) {
-      Tile tile{row, smaller(row_end - row, kTile), 0, 0, false};
-      pack_tile_rows<Dot>(sweep, tile, false, space);
+    for (int64_t row = rb * sweep.row_block; row < row_end; row += sweep.tile) {
+      Tile tile{row, smaller(row_end - row, sweep.tile), 0, 0, false};
+      prepare_tile_rows<Dot>(sweep, tile, false, space);
       for (int64_t r = 0; r < tile.rows; ++r) running[r] = Running{};
-      for (; tile.column < sweep.y.rows; tile.column += kTile) {
-        tile.columns = smaller(sweep.y.rows - tile.column, kTile);
-        pack_columns<Dot>(sweep, tile, false, space);
-        for_each_strip<Dot>(sweep, tile, space, false, [&](int64_t first, const float* dots, int64_t vectors) {
-          for (int64_t r = 0; r < smaller(tile.rows - first, kStrip); ++r) {
-            add_row(running[first + r], dots + r * kTilePitch, vectors, scale.logit);
+      for (; tile.column < sweep.y.rows; tile.column += sweep.tile) {
+        tile.columns = smaller(sweep.y.rows - tile.column, sweep.tile);
+        prepare_columns<Dot>(sweep, tile, false, space);
+        for_each_strip<Dot>(sweep, tile, space, false, [&](const Strip& strip) {
+          for (int64_t r = 0; r < strip.height; ++r) {
+            add_row(running[strip.row + r], strip.dots + r * kTilePitch, strip.vectors, scale.logit);
           }
         });
       }

@@ -26,8 +26,9 @@ inline Sweep make_sweep(const Problem& problem) {
   sweep.y = problem.symmetric ? problem.a : problem.b;
   sweep.x_count = sweep.x.rows;
   sweep.symmetric = problem.symmetric;
-  sweep.row_block = block_size(sweep.x.rows);
-  sweep.column_block = block_size(sweep.y.rows);
+  sweep.tile = tile_size(sweep.x.rows, sweep.y.rows, sweep.x.depth);
+  sweep.row_block = block_size(sweep.x.rows, sweep.tile);
+  sweep.column_block = block_size(sweep.y.rows, sweep.tile);
   sweep.scale = problem.scale;
   sweep.shift = problem.shift;
   sweep.rows = describe(problem.row_terms, problem.shift);

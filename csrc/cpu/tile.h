@@ -15,12 +15,13 @@
 namespace fastcl::cpu {
 namespace {
 
-constexpr int64_t kTilePitch = kTile + 16;
-constexpr int64_t kStrips = kTile / kStrip;
+constexpr int64_t kTilePitch = kMaxTile + 16;
+constexpr int64_t kMaxStrips = kMaxTile / kStrip;
 // The summed dimension is cut so that the columns' panels of one cut stay in the second-level cache.
 constexpr int64_t kDepthCut = 512;
 
-static_assert(kTile % kStrip == 0 && kTile % kPanel == 0, "a tile is made of whole strips and panels");
+static_assert(kTileUnit % kStrip == 0 && kTileUnit % kPanel == 0 && kMaxTile % kTileUnit == 0,
+              "a tile is made of whole strips and panels");
 static_assert(kStrip % 2 == 0, "rows are interleaved in pairs");
 
 struct Tile {
@@ -28,7 +29,7 @@ struct Tile {
   int64_t rows;    //
   int64_t column;  // first column
   int64_t columns;
-  bool diagonal;  // a symmetric plan's square tile on the diagonal, which serves its rows only
+  bool diagonal;  // of a symmetric plan: only pairs with row <= column count
 };
 
 struct Exceptional {
@@ -38,8 +39,8 @@ struct Exceptional {
 };
 
 struct ExceptionalPairs {
-  Exceptional pairs[3 * kTile];
-  int32_t strip_end[kStrips + 1];  // pairs of strip s are strip_end[s] up to strip_end[s + 1]
+  Exceptional pairs[3 * kMaxTile];
+  int32_t strip_end[kMaxStrips + 1];  // pairs of strip s are strip_end[s] up to strip_end[s + 1]
 };
 
 // The outcomes of the tests for one pair.
@@ -83,20 +84,24 @@ inline int64_t search(const int64_t* list, int64_t count, int64_t wanted) {
 
 inline void find_exceptional(const Sweep& sweep, const Tile& tile, ExceptionalPairs& found) {
   const PairTests& tests = sweep.tests;
-  Exceptional unsorted[3 * kTile];
+  Exceptional unsorted[3 * kMaxTile];
   int32_t count = 0;
-  int32_t strip_count[kStrips] = {};
+  int32_t strip_count[kMaxStrips] = {};
   const auto add = [&](int64_t row, int64_t column) {
     unsorted[count++] = {static_cast<int32_t>(row), static_cast<int32_t>(column), 0.0f};
     ++strip_count[row / kStrip];
   };
+  // On the diagonal of a symmetric plan the pair of a row with itself serves that row only.
+  const bool find_self = tests.uses_self || tile.diagonal;
+  const auto is_self = [&](int64_t x, int64_t y) { return find_self && x + tests.x0 == y + tests.y0; };
+  const auto counts = [&](int64_t row, int64_t column) { return !tile.diagonal || row <= column; };
   const int64_t first_column = tests.y0 + tile.column;
-  for (int64_t row = 0; row < tile.rows && (tests.uses_self || tests.x_target != nullptr); ++row) {
+  for (int64_t row = 0; row < tile.rows && (find_self || tests.x_target != nullptr); ++row) {
     const int64_t x = row_of(sweep, tile.row + row);
-    const int64_t self = tests.uses_self ? position(x + tests.x0, first_column, tile.columns) : -1;
+    const int64_t self = find_self ? position(x + tests.x0, first_column, tile.columns) : -1;
     const int64_t target = tests.x_target != nullptr ? position(tests.x_target[x], first_column, tile.columns) : -1;
     if (self >= 0) add(row, self);
-    if (target >= 0 && target != self) add(row, target);
+    if (target >= 0 && target != self && counts(row, target)) add(row, target);
   }
   for (int64_t column = 0; column < tile.columns && tests.y_target != nullptr; ++column) {
     const int64_t y = tile.column + column;
@@ -106,14 +111,13 @@ inline void find_exceptional(const Sweep& sweep, const Tile& tile, ExceptionalPa
     } else {
       row = search(sweep.x_index + tile.row, tile.rows, position(tests.y_target[y], tests.x0, sweep.x.rows));
     }
-    if (row < 0) continue;
+    if (row < 0 || !counts(row, column)) continue;
     const int64_t x = row_of(sweep, tile.row + row);
-    const bool found_above = (tests.uses_self && x + tests.x0 == y + tests.y0) || hits(tests.x_target, x, y + tests.y0);
-    if (!found_above) add(row, column);
+    if (!is_self(x, y) && !hits(tests.x_target, x, y + tests.y0)) add(row, column);
   }
   found.strip_end[0] = 0;
-  int32_t next[kStrips];
-  for (int64_t s = 0; s < kStrips; ++s) {
+  int32_t next[kMaxStrips];
+  for (int64_t s = 0; s < kMaxStrips; ++s) {
     next[s] = found.strip_end[s];
     found.strip_end[s + 1] = found.strip_end[s] + strip_count[s];
   }
@@ -122,16 +126,20 @@ inline void find_exceptional(const Sweep& sweep, const Tile& tile, ExceptionalPa
 
 // The buffers of one thread. W is kept twice for pairs of bfloat16, as each product pairs another dimension.
 struct Workspace {
-  float* x_rows;
-  float* x_pairs;
-  float* y_rows;
-  float* y_pairs;
+  float* x_buffer;
+  float* y_buffer;
+  float* x_pairs_buffer;
+  float* y_pairs_buffer;
   float* y_panels;
-  float* logits;     // [kTile][kTilePitch]
+  float* logits;     // [tile][kTilePitch]
   float* w_rows;     // LEFT of W @ Y
   float* w_columns;  // LEFT of W.T @ X
   float* column_sums;
   ExceptionalPairs* exceptional;
+  // The tile's operands, in the buffers or in place.
+  Rows x;
+  Rows x_pairs;
+  Rows y_pairs;
 };
 
 // Lays the buffers out from `base`, or only counts their bytes where it is null.
@@ -146,40 +154,54 @@ inline size_t lay_out(const Sweep& sweep, char* base, Workspace& space) {
     return p;
   };
   const bool paired = Dot::kPairs == 2;
-  const int64_t x_tile = smaller(round_up(sweep.x_count, kStrip), kTile);
-  const int64_t y_tile = smaller(round_up(sweep.y.rows, kPanel), kTile);
-  space.x_rows = take(x_tile * row_pitch(words));
-  space.x_pairs = paired ? take(x_tile / 2 * depth_pitch) : space.x_rows;
-  space.y_rows = take(y_tile * row_pitch(words));
-  space.y_pairs = paired ? take(y_tile / 2 * depth_pitch) : space.y_rows;
+  const int64_t x_tile = smaller(round_up(sweep.x_count, kStrip), sweep.tile);
+  const int64_t y_tile = smaller(round_up(sweep.y.rows, kPanel), sweep.tile);
+  space.x_buffer = take(x_tile * row_pitch(words));
+  space.y_buffer = take(y_tile * row_pitch(words));
+  space.x_pairs_buffer = take(paired ? x_tile / 2 * depth_pitch : 0);
+  space.y_pairs_buffer = take(paired ? y_tile / 2 * depth_pitch : 0);
   space.y_panels = take(y_tile * words);
   space.logits = take(x_tile * kTilePitch);
   space.w_rows = paired ? take(x_tile * kTilePitch / 2) : space.logits;
   space.w_columns = paired ? take(x_tile * kTilePitch / 2) : space.logits;
-  space.column_sums = take(kTile);
+  space.column_sums = take(kMaxTile);
   space.exceptional = reinterpret_cast<ExceptionalPairs*>(take(sizeof(ExceptionalPairs) / sizeof(float) + 1));
   return used;
 }
 
+// Rows [begin, begin + count) padded to a multiple of `unit`, in place where that is possible.
 template <class Dot>
-inline void pack_columns(const Sweep& sweep, const Tile& tile, bool pairs, const Workspace& space) {
-  const int64_t words = row_words<Dot>(sweep.y.depth);
-  const int64_t padded = round_up(tile.columns, kPanel);
-  pack_rows<Dot>(sweep.y, nullptr, tile.column, tile.columns, padded, space.y_rows, row_pitch(words));
-  pack_panels(space.y_rows, row_pitch(words), padded, words, space.y_panels);
-  if (pairs && Dot::kPairs == 2) {
-    pack_pairs(space.y_rows, row_pitch(words), padded, sweep.y.depth, space.y_pairs, row_pitch(sweep.y.depth));
+inline Rows prepare_rows(const Matrix& matrix, const int64_t* index, int64_t begin, int64_t count, int64_t unit,
+                         float* buffer) {
+  if (index == nullptr && count % unit == 0 && readable_in_place<Dot>(matrix)) {
+    return rows_in_place<Dot>(matrix, begin);
   }
+  const Rows rows{buffer, row_pitch(row_words<Dot>(matrix.depth))};
+  pack_rows<Dot>(matrix, index, begin, count, round_up(count, unit), buffer, rows.pitch);
+  return rows;
+}
+
+// RIGHT of the gradient's products: the rows themselves, or pairs of them.
+template <class Dot>
+inline Rows prepare_pairs(const Matrix& matrix, Rows rows, int64_t padded_count, float* buffer) {
+  if (Dot::kPairs == 1) return rows;
+  const Rows pairs{buffer, row_pitch(matrix.depth)};
+  pack_pairs(rows, padded_count, matrix.depth, buffer, pairs.pitch);
+  return pairs;
 }
 
 template <class Dot>
-inline void pack_tile_rows(const Sweep& sweep, const Tile& tile, bool pairs, const Workspace& space) {
-  const int64_t words = row_words<Dot>(sweep.x.depth);
-  const int64_t padded = round_up(tile.rows, kStrip);
-  pack_rows<Dot>(sweep.x, sweep.x_index, tile.row, tile.rows, padded, space.x_rows, row_pitch(words));
-  if (pairs && Dot::kPairs == 2) {
-    pack_pairs(space.x_rows, row_pitch(words), padded, sweep.x.depth, space.x_pairs, row_pitch(sweep.x.depth));
-  }
+inline void prepare_columns(const Sweep& sweep, const Tile& tile, bool pairs, Workspace& space) {
+  const int64_t padded = round_up(tile.columns, kPanel);
+  const Rows y = prepare_rows<Dot>(sweep.y, nullptr, tile.column, tile.columns, kPanel, space.y_buffer);
+  pack_panels(y, padded, row_words<Dot>(sweep.y.depth), space.y_panels);
+  if (pairs) space.y_pairs = prepare_pairs<Dot>(sweep.y, y, padded, space.y_pairs_buffer);
+}
+
+template <class Dot>
+inline void prepare_tile_rows(const Sweep& sweep, const Tile& tile, bool pairs, Workspace& space) {
+  space.x = prepare_rows<Dot>(sweep.x, sweep.x_index, tile.row, tile.rows, kStrip, space.x_buffer);
+  if (pairs) space.x_pairs = prepare_pairs<Dot>(sweep.x, space.x, round_up(tile.rows, kStrip), space.x_pairs_buffer);
 }
 
 // What the exponential needs to know of the scale. An excluded pair's dot must become a logit of -inf, so a scale of
@@ -190,46 +212,63 @@ struct Scale {
   float excluded;
 };
 
-// Calls strip(first row, its dots, vectors in a row) for each strip of the tile, once its dots <x, y> are complete and
-// the exceptional pairs and the padding are excluded from them. The dots of a strip lie kTilePitch apart; they are kept
-// for the whole tile if `keep`.
-template <class Dot, class Strip>
-inline void for_each_strip(const Sweep& sweep, const Tile& tile, const Workspace& space, bool keep, Strip&& strip) {
+// A strip of a tile: kStrip rows of dots <x, y>, kTilePitch apart, from the first column on that counts.
+struct Strip {
+  int64_t row;     // within the tile
+  int64_t height;  // rows that are not padding
+  int64_t column;  // first column: 0, or further right on the diagonal
+  int64_t vectors;
+  float* dots;
+};
+
+// Takes exceptional pairs, padding and what lies below the diagonal out of a strip.
+inline void exclude(const Tile& tile, const Strip& strip, float excluded, ExceptionalPairs& exceptional) {
+  const int64_t s = strip.row / kStrip;
+  for (int32_t i = exceptional.strip_end[s]; i < exceptional.strip_end[s + 1]; ++i) {
+    Exceptional& pair = exceptional.pairs[i];
+    float& dot = strip.dots[(pair.row - strip.row) * kTilePitch + pair.column - strip.column];
+    pair.dot = dot;
+    dot = excluded;
+  }
+  const int64_t width = strip.vectors * kLanes;
+  for (int64_t r = 0; r < kStrip; ++r) {
+    float* dots = strip.dots + r * kTilePitch;
+    const int64_t end = r < strip.height ? tile.columns - strip.column : 0;
+    for (int64_t c = end; c < width; ++c) dots[c] = excluded;
+    const int64_t below = tile.diagonal ? smaller(strip.row + r - strip.column, width) : 0;
+    for (int64_t c = 0; c < below; ++c) dots[c] = excluded;
+  }
+}
+
+// Calls visit(strip) for each strip of the tile, once its dots are complete and only pairs are left that all dense
+// terms admit. Dots stay for the whole tile if `keep`.
+template <class Dot, class Visit>
+inline void for_each_strip(const Sweep& sweep, const Tile& tile, const Workspace& space, bool keep, Visit&& visit) {
   find_exceptional(sweep, tile, *space.exceptional);
   const float excluded = Scale(sweep.scale).excluded;
   const int64_t words = row_words<Dot>(sweep.x.depth);
-  const int64_t pitch = row_pitch(words);
-  const int64_t vectors = (tile.columns + kLanes - 1) / kLanes;
-  for (int64_t begin = 0; begin < words || begin == 0; begin += kDepthCut) {
+  for (int64_t begin = 0; begin < words; begin += kDepthCut) {
     const int64_t cut = smaller(words - begin, kDepthCut);
     const bool last = begin + cut == words;
     const bool whole_tile = keep || cut < words;
     for (int64_t row = 0; row < tile.rows; row += kStrip) {
-      float* dots = space.logits + (whole_tile ? row * kTilePitch : 0);
-      const float* left = space.x_rows + row * pitch + begin;
-      for (int64_t v = 0; v < vectors; v += 2) {
-        const float* right = space.y_panels + v * kLanes * words + begin * kPanel;
-        if (v + 1 < vectors) {
-          multiply_strip<Dot, Layout::kRowMajor, 2>(left, pitch, right, kPanel, cut, begin > 0, dots + v * kLanes,
-                                                    kTilePitch);
+      Strip strip{row, smaller(tile.rows - row, kStrip), tile.diagonal ? row / kPanel * kPanel : 0, 0, nullptr};
+      strip.vectors = (tile.columns - strip.column + kLanes - 1) / kLanes;
+      strip.dots = space.logits + (whole_tile ? row * kTilePitch : 0) + strip.column;
+      const float* left = space.x.words + row * space.x.pitch + begin;
+      for (int64_t v = 0; v < strip.vectors; v += 2) {
+        const float* right = space.y_panels + (strip.column + v * kLanes) * words + begin * kPanel;
+        if (v + 1 < strip.vectors) {
+          multiply_strip<Dot, Layout::kRowMajor, 2>(left, space.x.pitch, right, kPanel, cut, begin > 0,
+                                                    strip.dots + v * kLanes, kTilePitch);
         } else {
-          multiply_strip<Dot, Layout::kRowMajor, 1>(left, pitch, right, kPanel, cut, begin > 0, dots + v * kLanes,
-                                                    kTilePitch);
+          multiply_strip<Dot, Layout::kRowMajor, 1>(left, space.x.pitch, right, kPanel, cut, begin > 0,
+                                                    strip.dots + v * kLanes, kTilePitch);
         }
       }
       if (!last) continue;
-      const int64_t s = row / kStrip;
-      for (int32_t i = space.exceptional->strip_end[s]; i < space.exceptional->strip_end[s + 1]; ++i) {
-        Exceptional& pair = space.exceptional->pairs[i];
-        float& dot = dots[(pair.row - row) * kTilePitch + pair.column];
-        pair.dot = dot;
-        dot = excluded;
-      }
-      for (int64_t r = 0; r < kStrip; ++r) {
-        const int64_t from = row + r < tile.rows ? tile.columns : 0;
-        for (int64_t c = from; c < vectors * kLanes; ++c) dots[r * kTilePitch + c] = excluded;
-      }
-      strip(row, dots, vectors);
+      exclude(tile, strip, excluded, *space.exceptional);
+      visit(strip);
     }
   }
 }
@@ -239,15 +278,15 @@ template <class Pack, class Visit>
 inline void for_each_tile(const Sweep& sweep, const Task& task, Pack&& pack, Visit&& visit) {
   for (int64_t cb = task.columns.begin; cb < task.columns.end; cb += task.columns.step) {
     const int64_t column_end = smaller((cb + 1) * sweep.column_block, sweep.y.rows);
-    for (int64_t column = cb * sweep.column_block; column < column_end; column += kTile) {
-      Tile tile{0, 0, column, smaller(column_end - column, kTile), false};
+    for (int64_t column = cb * sweep.column_block; column < column_end; column += sweep.tile) {
+      Tile tile{0, 0, column, smaller(column_end - column, sweep.tile), false};
       pack(tile);
       for (int64_t rb = task.rows.begin; rb < task.rows.end; rb += task.rows.step) {
         const int64_t row_end = smaller((rb + 1) * sweep.row_block, sweep.x_count);
-        for (int64_t row = rb * sweep.row_block; row < row_end; row += kTile) {
+        for (int64_t row = rb * sweep.row_block; row < row_end; row += sweep.tile) {
           if (sweep.symmetric && row > column) break;
           tile.row = row;
-          tile.rows = smaller(row_end - row, kTile);
+          tile.rows = smaller(row_end - row, sweep.tile);
           tile.diagonal = sweep.symmetric && row == column;
           visit(tile);
         }
