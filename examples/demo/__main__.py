@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +16,18 @@ if TYPE_CHECKING:
 _SIZES, _QUICK_SIZES = (512, 1024, 2048, 4096, 8192), (128, 256, 512)
 _DIM, _LARGE_DIM, _TAU = 128, 64, 0.1
 _LIMIT_S, _QUICK_LIMIT_S = 60.0, 2.0
-_STEPS, _QUICK_STEPS = 300, 12
-_PICTURE = Path("demo.png")
+_STEPS, _QUICK_STEPS, _FIRST_STEPS = 200, 12, 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description="fastcl on this machine, shown.")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs: half a minute")
-    quick = parser.parse_args().quick
+    parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where to write the picture")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.exit(1, f"the demo needs {' and '.join(missing)}; `make demo` installs them\n")
     sizes = _QUICK_SIZES if quick else _SIZES
     start = time.perf_counter()
 
@@ -52,13 +57,17 @@ def main() -> None:
 
     print("\n3. SimCLR on 1,797 images of handwritten digits, without labels, twice from the same seed", flush=True)
     digits = train_on_digits(_QUICK_STEPS if quick else _STEPS, device)
-    print(f"largest difference between the two curves: {digits.largest_difference:.1e}")
+    first = digits.largest_difference(_FIRST_STEPS)
+    print(
+        f"largest difference between the two curves: {digits.largest_difference():.1e}, "
+        f"in the first {_FIRST_STEPS} steps {first:.1e}"
+    )
     accuracies = ", ".join(f"{name} {100 * accuracy:.0f} %" for name, accuracy in digits.accuracies.items())
     print(f"accuracy from one labelled image per digit, mean of 20 draws: {accuracies}")
 
     machine = describe_device(device)
-    draw(cells, digits, f"fastcl on {machine}: NT-Xent, float32, dim {_DIM}", _PICTURE)
-    print(f"\n{_PICTURE} shows all of it; {time.perf_counter() - start:.0f} s in total")
+    draw(cells, digits, f"fastcl on {machine}: NT-Xent, float32, dim {_DIM}", arguments.picture)
+    print(f"\n{arguments.picture} shows all of it; {time.perf_counter() - start:.0f} s in total")
     print(verdict(cells, machine))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import fastcl
 from benchmarks.measure import available_bytes, dense_bytes, gradient_step, peak_memory, time_step
 from examples.demo.reference import exact_row_losses, views
+from examples.demo.table import number
 
 _CHECKED_ROWS = 64
 _PROBE_S = 0.3
@@ -40,7 +41,7 @@ def run_large_batch(dim: int, tau: float, device: str, limit_s: float) -> None:
     took = time.perf_counter() - start
     dense = dense_bytes(2 * pairs, 2 * pairs, copies=1)
     print(f"value and gradient in {took:.1f} s, with {peak / 1e6:,.0f} MB above the inputs")
-    print(f"one dense copy of its {2 * pairs:,} x {2 * pairs:,} logits would have needed {dense / 1e9:,.0f} GB")
+    print(f"one dense copy of its {2 * pairs:,} x {2 * pairs:,} logits would have needed {number(dense / 1e9)} GB")
 
     checked = torch.linspace(0, 2 * pairs - 1, _CHECKED_ROWS, dtype=torch.float64).long().to(device)
     exact = exact_row_losses(*inputs, tau, checked)

@@ -47,7 +47,7 @@ def draw(cells: Cells, digits: Digits, title: str, path: Path) -> None:
     curve.set(title="SimCLR on digits, same seed", xlabel="step", ylabel=f"NT-Xent at tau {TAU:g}")
     curve.legend(frameon=False, loc="upper right")
     accuracies = "\n".join(f"{name}: {100 * accuracy:.0f} %" for name, accuracy in digits.accuracies.items())
-    note = f"largest difference {digits.largest_difference:.0e}\n\naccuracy from one label per digit\n{accuracies}"
+    note = f"largest difference {digits.largest_difference():.3f}\n\naccuracy from one label per digit\n{accuracies}"
     curve.text(0.97, 0.72, note, transform=curve.transAxes, ha="right", va="top", fontsize=9, color="#444444")
 
     figure.suptitle(title, fontsize=11)

@@ -83,6 +83,10 @@ def measure_loss(
 
 def fill_table(sizes: Sequence[int], dim: int, tau: float, device: str, compiled: CompiledDense) -> Cells:
     """Measure and show everything; the dense loss only where it fits into memory."""
+    mine = {EAGER: dense_nt_xent, FASTCL: fastcl.nt_xent}
+    with compiled.paused():
+        for loss in mine.values():  # libraries load, threads start and warnings come in the first call
+            gradient_step(lambda a, b, loss=loss: loss(a, b, tau), views(64, dim, device))()
     table = _LiveTable(sizes)
     exact: dict[int, ValueAndGradients] = {}
 
@@ -93,12 +97,8 @@ def fill_table(sizes: Sequence[int], dim: int, tau: float, device: str, compiled
         moved = ValueAndGradients(found.value.to(device), tuple(g.to(device) for g in found.gradients))
         table.set(pairs, loss, Measured(ms, peak, relative_errors(moved, exact[pairs])))
 
-    mine = {EAGER: dense_nt_xent, FASTCL: fastcl.nt_xent}
-    with compiled.paused():
-        for loss in mine.values():  # libraries load and threads start in the first call
-            gradient_step(lambda a, b, loss=loss: loss(a, b, tau), views(64, dim, device))()
     for pairs in sizes:
-        short = _too_large(pairs, device)
+        short = too_large(pairs, device)
         for name, loss in mine.items():
             if name == EAGER and short:
                 table.set(pairs, name, short)
@@ -108,7 +108,7 @@ def fill_table(sizes: Sequence[int], dim: int, tau: float, device: str, compiled
             record(pairs, name, result)
     failure = compiled.failure()
     for pairs in sizes:
-        short = LeftOut("failed") if failure else _too_large(pairs, device)
+        short = LeftOut("failed") if failure else too_large(pairs, device)
         if short:
             table.set(pairs, COMPILED, short)
         else:
@@ -137,7 +137,8 @@ def _short(error: float) -> str:
     return f"{error:.0e}".replace("e-0", "e-").replace("e+00", "")
 
 
-def _too_large(pairs: int, device: str) -> LeftOut | None:
+def too_large(pairs: int, device: str) -> LeftOut | None:
+    """Why the dense loss of so many pairs must not be tried, or None where it fits into memory."""
     needs, has = dense_bytes(2 * pairs, 2 * pairs), available_bytes(device)
     # A fifth is left to others: what is free now may not be free in a second.
     return LeftOut(f"needs {needs / 1e9:.1f} of {has / 1e9:.1f} GB") if needs > 0.8 * has else None
