@@ -2,9 +2,9 @@
 
 FASTCL_BUILD=0 leaves the extension out, FASTCL_BUILD=1 makes a failure to build it fatal. FASTCL_TORCH is the directory
 of the torch package whose headers are used; by default torch is looked for in this environment, then in the one that
-runs pip, since an isolated build environment has none. Nothing of torch is installed or changed: its headers are read, and
-the extension names libtorch_cpu.so as a dependency, which `import torch` has always loaded before. It loads with any
-torch from 2.11 on.
+runs pip, since an isolated build environment has none. Nothing of torch is installed or changed: its headers are read,
+and the extension names libtorch_cpu.so as a dependency, which `import torch` has always loaded before. It loads with
+any torch from 2.11 on.
 """
 
 import importlib.util

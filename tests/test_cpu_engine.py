@@ -183,6 +183,16 @@ def test_rows_far_below_the_bound_are_not_lost():
     assert_close(run(CLIP, given), expected)
 
 
+@pytest.mark.parametrize("depth", [3, 40])
+@pytest.mark.parametrize("mask", [Mask(), NOT_SELF, Mask(target=False)], ids=["all", "not_self", "not_target"])
+def test_symmetric_rows_of_large_norm(mask, depth):
+    """Every row is flagged; each pair must count once whichever sweep it is in."""
+    given = operands(NT_XENT, 450, 450, depth)
+    plan = Plan((Term(Reduce.LSE, mask),), symmetric=True)
+    given = Operands(given.a * 30, None, torch.tensor(1.0), given.target, None)
+    assert_close(run(plan, given), dense(plan, given), statistics_error=1e-6, product_error=1e-3)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_exp2_error(monkeypatch, level):
     """The sum of a single pair is exp2 itself: within 2 ulp, and the rounding of its argument, over the used range."""

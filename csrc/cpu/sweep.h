@@ -34,7 +34,8 @@ inline Sweep make_sweep(const Problem& problem) {
   sweep.rows = describe(problem.row_terms, problem.shift);
   // The tile (i, j) of a symmetric plan serves row i as the pair (i, j) and row j as the pair (j, i).
   sweep.columns = problem.symmetric ? sweep.rows : describe(problem.column_terms, problem.shift);
-  sweep.tests = {false, problem.symmetric, problem.row0, problem.col0, nullptr, nullptr};
+  // There, the pair of a row with itself is always exceptional: it serves that row once, not as row and as column.
+  sweep.tests = {problem.symmetric, problem.symmetric, problem.row0, problem.col0, nullptr, nullptr};
   for (const auto* terms : {&problem.row_terms, &problem.column_terms}) {
     for (const PairTerm& term : *terms) {
       sweep.tests.uses_self |= term.self_pair != Test::kAbsent;

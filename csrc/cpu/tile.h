@@ -91,14 +91,11 @@ inline void find_exceptional(const Sweep& sweep, const Tile& tile, ExceptionalPa
     unsorted[count++] = {static_cast<int32_t>(row), static_cast<int32_t>(column), 0.0f};
     ++strip_count[row / kStrip];
   };
-  // On the diagonal of a symmetric plan the pair of a row with itself serves that row only.
-  const bool find_self = tests.uses_self || tile.diagonal;
-  const auto is_self = [&](int64_t x, int64_t y) { return find_self && x + tests.x0 == y + tests.y0; };
   const auto counts = [&](int64_t row, int64_t column) { return !tile.diagonal || row <= column; };
   const int64_t first_column = tests.y0 + tile.column;
-  for (int64_t row = 0; row < tile.rows && (find_self || tests.x_target != nullptr); ++row) {
+  for (int64_t row = 0; row < tile.rows && (tests.uses_self || tests.x_target != nullptr); ++row) {
     const int64_t x = row_of(sweep, tile.row + row);
-    const int64_t self = find_self ? position(x + tests.x0, first_column, tile.columns) : -1;
+    const int64_t self = tests.uses_self ? position(x + tests.x0, first_column, tile.columns) : -1;
     const int64_t target = tests.x_target != nullptr ? position(tests.x_target[x], first_column, tile.columns) : -1;
     if (self >= 0) add(row, self);
     if (target >= 0 && target != self && counts(row, target)) add(row, target);
@@ -113,7 +110,8 @@ inline void find_exceptional(const Sweep& sweep, const Tile& tile, ExceptionalPa
     }
     if (row < 0 || !counts(row, column)) continue;
     const int64_t x = row_of(sweep, tile.row + row);
-    if (!is_self(x, y) && !hits(tests.x_target, x, y + tests.y0)) add(row, column);
+    const bool is_self = tests.uses_self && x + tests.x0 == y + tests.y0;
+    if (!is_self && !hits(tests.x_target, x, y + tests.y0)) add(row, column);
   }
   found.strip_end[0] = 0;
   int32_t next[kMaxStrips];
