@@ -4,6 +4,7 @@ PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
 BIN     := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+CPP     := $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp" -o -name "*.inc")
 
 .PHONY: demo test bench lint format clean
 
@@ -19,12 +20,12 @@ bench: .venv/dev
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf .venv build dist *.egg-info fastcl/*.so demo.png benchmarks/out
