@@ -136,8 +136,10 @@ void gradient_task(const Sweep& sweep, const AxisGradient& rows, const AxisGradi
         weigh_shared<true, true>(strip, factor, shift, row_factors, column_factors);
       } else if (rows.dense_count > 0) {
         weigh_shared<true, false>(strip, factor, shift, row_factors, column_factors);
-      } else {
+      } else if (columns.dense_count > 0) {
         weigh_shared<false, true>(strip, factor, shift, row_factors, column_factors);
+      } else {
+        weigh_shared<false, false>(strip, factor, shift, row_factors, column_factors);
       }
       const int64_t s = strip.row / kStrip;
       for (int32_t i = space.exceptional->strip_end[s]; i < space.exceptional->strip_end[s + 1]; ++i) {
@@ -155,17 +157,15 @@ void gradient_task(const Sweep& sweep, const AxisGradient& rows, const AxisGradi
       }
       store_weights<Dot>(strip, space);
     });
-    const int64_t row_words = (tile.columns + Dot::kPairs - 1) / Dot::kPairs;
-    const int64_t column_words = (tile.rows + Dot::kPairs - 1) / Dot::kPairs;
     if (rows.product != nullptr) {
-      add_product<Dot, Layout::kRowMajor>(space.w_rows, kTilePitch / Dot::kPairs, space.y_pairs.words,
-                                          space.y_pairs.pitch, row_words, tile.diagonal,
+      add_product<Dot, Layout::kRowMajor>(space.w_rows, kTilePitch / Dot::kPairs, space.y_slices,
+                                          round_up(tile.columns, kPanel) / Dot::kPairs, tile.columns, tile.diagonal,
                                           rows.lane_product(task.row_lane, depth) + tile.row * depth, tile.rows, depth);
     }
     if (columns.product != nullptr) {
       add_product<Dot, Layout::kColumnMajor>(
-          space.w_columns, kTilePitch, space.x_pairs.words, space.x_pairs.pitch, column_words, tile.diagonal,
-          columns.lane_product(task.column_lane, depth) + tile.column * depth, tile.columns, depth);
+          space.w_columns, kTilePitch, space.x_slices, round_up(tile.rows, kStrip) / Dot::kPairs, tile.rows,
+          tile.diagonal, columns.lane_product(task.column_lane, depth) + tile.column * depth, tile.columns, depth);
     }
   });
 }

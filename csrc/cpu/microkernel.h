@@ -72,31 +72,33 @@ inline void multiply_strip(const float* left, ptrdiff_t left_pitch, const float*
   }
 }
 
-// OUT[rows, columns] += LEFT[rows, k] @ RIGHT[k, columns], rows and columns of any number. LEFT is padded to whole
-// strips and RIGHT to whole vectors; OUT, the caller's memory, is not, so that its ragged edges go through a scratch.
-// A triangular LEFT is zero below the diagonal where it is row-major, and above it where column-major (its transpose).
+// OUT[rows, columns] += LEFT[rows, k] @ RIGHT[k, columns] for `count` numbers k. LEFT is padded to whole strips, and
+// RIGHT lies in slices of kPanel columns and `slice_words` words along k. OUT, the caller's memory, is not padded, so
+// that its ragged edges go through a scratch. A triangular LEFT is zero below the diagonal where it is row-major, and
+// above it where column-major (its transpose).
 template <class Dot, Layout kLayout>
-inline void add_product(const float* left, ptrdiff_t left_pitch, const float* right, ptrdiff_t right_pitch,
-                        int64_t depth, bool triangular, float* out, int64_t rows, int64_t columns) {
-  // A panel of RIGHT stays in the first-level cache while LEFT streams past it.
+inline void add_product(const float* left, ptrdiff_t left_pitch, const float* right, int64_t slice_words, int64_t count,
+                        bool triangular, float* out, int64_t rows, int64_t columns) {
+  const int64_t words = (count + Dot::kPairs - 1) / Dot::kPairs;
+  // A slice of RIGHT stays in the first-level cache, or nearly, while LEFT streams past it.
   for (int64_t column = 0; column < columns; column += kPanel) {
     const int64_t width = smaller(columns - column, kPanel);
     for (int64_t row = 0; row < rows; row += kStrip) {
       const int64_t height = smaller(rows - row, kStrip);
       const int64_t begin = triangular && kLayout == Layout::kRowMajor ? row / Dot::kPairs : 0;
       const int64_t end =
-          triangular && kLayout == Layout::kColumnMajor ? smaller(depth, (row + kStrip) / Dot::kPairs) : depth;
+          triangular && kLayout == Layout::kColumnMajor ? smaller(words, (row + kStrip) / Dot::kPairs) : words;
       const float* l = kLayout == Layout::kRowMajor ? left + row * left_pitch + begin : left + row;
-      const float* r = right + begin * right_pitch + column;
+      const float* r = right + column * slice_words + begin * kPanel;
       float* target = out + row * columns + column;
       alignas(64) float scratch[kStrip * kPanel];
       const bool whole = height == kStrip && (width == kPanel || width == kLanes);
       float* destination = whole ? target : scratch;
       const int64_t pitch = whole ? columns : kPanel;
       if (width > kLanes) {
-        multiply_strip<Dot, kLayout, 2>(l, left_pitch, r, right_pitch, end - begin, whole, destination, pitch);
+        multiply_strip<Dot, kLayout, 2>(l, left_pitch, r, kPanel, end - begin, whole, destination, pitch);
       } else {
-        multiply_strip<Dot, kLayout, 1>(l, left_pitch, r, right_pitch, end - begin, whole, destination, pitch);
+        multiply_strip<Dot, kLayout, 1>(l, left_pitch, r, kPanel, end - begin, whole, destination, pitch);
       }
       if (whole) continue;
       for (int64_t i = 0; i < height; ++i) {

@@ -1,10 +1,10 @@
 // Copies of a tile's rows in the layouts that the micro-kernel reads, converted and zero-padded on the way.
 //
-//   rows    [row][word]          one row after another: LEFT of S = A @ B.T
-//   panels  [panel][word][column] transposed, kPanel columns abreast: RIGHT of S
-//   pairs   [row / 2][depth]      two rows interleaved in a word: RIGHT of the gradient's products
+//   rows    [row][word]                   one row after another: LEFT of S = X @ Y.T
+//   panels  [panel][word][column]         transposed, kPanel columns abreast: RIGHT of S
+//   slices  [slice][row / kPairs][depth]  kPanel of the depth abreast, neighbouring rows in a word: RIGHT of W @ Y
 //
-// With a float in each word, pairs and rows are the same thing.
+// Rows can often be read where they are. Panels and slices are contiguous where the micro-kernel walks along them.
 #pragma once
 
 #include <cstring>
@@ -74,7 +74,7 @@ struct Rows {
 template <class Dot>
 inline bool readable_in_place(const Matrix& matrix) {
   const bool same_type = matrix.dtype == (Dot::kPairs == 2 ? Dtype::kBFloat16 : Dtype::kFloat32);
-  return same_type && matrix.depth_stride == 1 && matrix.depth % (16 * Dot::kPairs) == 0 &&
+  return same_type && matrix.depth_stride == 1 && matrix.depth % Dot::kPairs == 0 &&
          matrix.row_stride % Dot::kPairs == 0 && matrix.row_stride / Dot::kPairs % 1024 != 0;
 }
 
@@ -113,43 +113,65 @@ typedef float Four __attribute__((vector_size(16)));
 typedef int32_t FourIndices __attribute__((vector_size(16)));
 typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
 
-// `panels` from `rows`, four by four words at a time.
+// Four words of each of four rows, transposed to four columns of a panel.
+inline void transpose_four(const float* source, int64_t pitch, float* panel) {
+  const Four r0 = *reinterpret_cast<const UnalignedFour*>(source);
+  const Four r1 = *reinterpret_cast<const UnalignedFour*>(source + pitch);
+  const Four r2 = *reinterpret_cast<const UnalignedFour*>(source + 2 * pitch);
+  const Four r3 = *reinterpret_cast<const UnalignedFour*>(source + 3 * pitch);
+  const Four low01 = FASTCL_SHUFFLE(r0, r1, 0, 4, 1, 5);
+  const Four low23 = FASTCL_SHUFFLE(r2, r3, 0, 4, 1, 5);
+  const Four high01 = FASTCL_SHUFFLE(r0, r1, 2, 6, 3, 7);
+  const Four high23 = FASTCL_SHUFFLE(r2, r3, 2, 6, 3, 7);
+  *reinterpret_cast<UnalignedFour*>(panel) = FASTCL_SHUFFLE(low01, low23, 0, 1, 4, 5);
+  *reinterpret_cast<UnalignedFour*>(panel + kPanel) = FASTCL_SHUFFLE(low01, low23, 2, 3, 6, 7);
+  *reinterpret_cast<UnalignedFour*>(panel + 2 * kPanel) = FASTCL_SHUFFLE(high01, high23, 0, 1, 4, 5);
+  *reinterpret_cast<UnalignedFour*>(panel + 3 * kPanel) = FASTCL_SHUFFLE(high01, high23, 2, 3, 6, 7);
+}
+
+// `panels` from `rows`. A cache line of each row at a time, so that it is read once and the panel is written once.
 inline void pack_panels(Rows rows, int64_t padded_count, int64_t words, float* panels) {
-  const int64_t pitch = rows.pitch;
+  const int64_t transposed = words / 4 * 4;
   for (int64_t panel = 0; panel < padded_count; panel += kPanel, panels += kPanel * words) {
-    for (int64_t c = 0; c < kPanel; c += 4) {
-      const float* source = rows.words + (panel + c) * pitch;
-      int64_t k = 0;
-      for (; k + 4 <= words; k += 4) {
-        const Four r0 = *reinterpret_cast<const UnalignedFour*>(source + k);
-        const Four r1 = *reinterpret_cast<const UnalignedFour*>(source + pitch + k);
-        const Four r2 = *reinterpret_cast<const UnalignedFour*>(source + 2 * pitch + k);
-        const Four r3 = *reinterpret_cast<const UnalignedFour*>(source + 3 * pitch + k);
-        const Four low01 = FASTCL_SHUFFLE(r0, r1, 0, 4, 1, 5);
-        const Four low23 = FASTCL_SHUFFLE(r2, r3, 0, 4, 1, 5);
-        const Four high01 = FASTCL_SHUFFLE(r0, r1, 2, 6, 3, 7);
-        const Four high23 = FASTCL_SHUFFLE(r2, r3, 2, 6, 3, 7);
-        float* target = panels + k * kPanel + c;
-        *reinterpret_cast<UnalignedFour*>(target) = FASTCL_SHUFFLE(low01, low23, 0, 1, 4, 5);
-        *reinterpret_cast<UnalignedFour*>(target + kPanel) = FASTCL_SHUFFLE(low01, low23, 2, 3, 6, 7);
-        *reinterpret_cast<UnalignedFour*>(target + 2 * kPanel) = FASTCL_SHUFFLE(high01, high23, 0, 1, 4, 5);
-        *reinterpret_cast<UnalignedFour*>(target + 3 * kPanel) = FASTCL_SHUFFLE(high01, high23, 2, 3, 6, 7);
+    const float* source = rows.words + panel * rows.pitch;
+    for (int64_t line = 0; line < transposed; line += 16) {
+      for (int64_t c = 0; c < kPanel; c += 4) {
+        for (int64_t k = line; k < smaller(line + 16, transposed); k += 4) {
+          transpose_four(source + c * rows.pitch + k, rows.pitch, panels + k * kPanel + c);
+        }
       }
-      for (; k < words; ++k) {
-        for (int64_t i = 0; i < 4; ++i) panels[k * kPanel + c + i] = source[i * pitch + k];
-      }
+    }
+    for (int64_t k = transposed; k < words; ++k) {
+      for (int64_t c = 0; c < kPanel; ++c) panels[k * kPanel + c] = source[c * rows.pitch + k];
     }
   }
 }
 
-// `pairs` from `rows` that hold two bfloat16 in a word.
-inline void pack_pairs(Rows rows, int64_t padded_count, int64_t depth, float* pairs, int64_t pairs_pitch) {
-  for (int64_t r = 0; r < padded_count; r += 2, pairs += pairs_pitch) {
-    const uint16_t* even = reinterpret_cast<const uint16_t*>(rows.words + r * rows.pitch);
-    const uint16_t* odd = reinterpret_cast<const uint16_t*>(rows.words + (r + 1) * rows.pitch);
-    uint32_t* out = reinterpret_cast<uint32_t*>(pairs);
-    for (int64_t d = 0; d < depth; ++d) out[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
-    std::memset(pairs + depth, 0, sizeof(float) * (pairs_pitch - depth));
+// Floats in the slices of so many rows.
+template <class Dot>
+inline int64_t slices_size(int64_t padded_count, int64_t depth) {
+  return padded_count / Dot::kPairs * round_up(depth, kPanel);
+}
+
+// `slices` from `rows`.
+template <class Dot>
+inline void pack_slices(Rows rows, int64_t padded_count, int64_t depth, float* slices) {
+  const int64_t slice = padded_count / Dot::kPairs * kPanel;
+  for (int64_t r = 0; r < padded_count; r += Dot::kPairs, slices += kPanel) {
+    const float* row = rows.words + r * rows.pitch;
+    for (int64_t d = 0; d < depth; d += kPanel) {
+      float* out = slices + d / kPanel * slice;
+      const int64_t width = smaller(depth - d, kPanel);
+      if (Dot::kPairs == 1) {
+        for (int64_t i = 0; i < width; ++i) out[i] = row[d + i];
+      } else {
+        const uint16_t* even = reinterpret_cast<const uint16_t*>(row) + d;
+        const uint16_t* odd = reinterpret_cast<const uint16_t*>(row + rows.pitch) + d;
+        uint32_t* pairs = reinterpret_cast<uint32_t*>(out);
+        for (int64_t i = 0; i < width; ++i) pairs[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
+      }
+      for (int64_t i = width; i < kPanel; ++i) out[i] = 0.0f;
+    }
   }
 }
 

@@ -21,7 +21,7 @@ BlockRange one_block(int64_t block) { return {block, block + 1, 1}; }
 
 int64_t tile_size(int64_t rows, int64_t columns, int64_t depth) {
   // A large tile is read less often from beyond the second-level cache. A small problem still needs several of them.
-  const int64_t largest = depth <= 512 ? kMaxTile : kMaxTile / 2;
+  const int64_t largest = depth <= 1024 ? kMaxTile : kMaxTile / 2;
   const int64_t wanted = ceil_divide(std::max(rows, columns), 8 * kTileUnit) * kTileUnit;
   return std::min(largest, wanted);
 }

@@ -17,8 +17,9 @@ namespace {
 
 constexpr int64_t kTilePitch = kMaxTile + 16;
 constexpr int64_t kMaxStrips = kMaxTile / kStrip;
-// The summed dimension is cut so that the columns' panels of one cut stay in the second-level cache.
-constexpr int64_t kDepthCut = 512;
+// The summed dimension is cut so that the panels of one cut stay in the second-level cache, and for accuracy: a sum of
+// partial sums errs less than one long one.
+constexpr int64_t kDepthCut = 256;
 
 static_assert(kTileUnit % kStrip == 0 && kTileUnit % kPanel == 0 && kMaxTile % kTileUnit == 0,
               "a tile is made of whole strips and panels");
@@ -126,25 +127,21 @@ inline void find_exceptional(const Sweep& sweep, const Tile& tile, ExceptionalPa
 struct Workspace {
   float* x_buffer;
   float* y_buffer;
-  float* x_pairs_buffer;
-  float* y_pairs_buffer;
+  float* x_slices;
+  float* y_slices;
   float* y_panels;
   float* logits;     // [tile][kTilePitch]
   float* w_rows;     // LEFT of W @ Y
   float* w_columns;  // LEFT of W.T @ X
   float* column_sums;
   ExceptionalPairs* exceptional;
-  // The tile's operands, in the buffers or in place.
-  Rows x;
-  Rows x_pairs;
-  Rows y_pairs;
+  Rows x;  // in x_buffer or in place
 };
 
 // Lays the buffers out from `base`, or only counts their bytes where it is null.
 template <class Dot>
 inline size_t lay_out(const Sweep& sweep, char* base, Workspace& space) {
   const int64_t words = row_words<Dot>(sweep.y.depth);
-  const int64_t depth_pitch = row_pitch(sweep.y.depth);
   size_t used = 0;
   const auto take = [&](int64_t floats) {
     float* p = reinterpret_cast<float*>(base + used);
@@ -156,8 +153,8 @@ inline size_t lay_out(const Sweep& sweep, char* base, Workspace& space) {
   const int64_t y_tile = smaller(round_up(sweep.y.rows, kPanel), sweep.tile);
   space.x_buffer = take(x_tile * row_pitch(words));
   space.y_buffer = take(y_tile * row_pitch(words));
-  space.x_pairs_buffer = take(paired ? x_tile / 2 * depth_pitch : 0);
-  space.y_pairs_buffer = take(paired ? y_tile / 2 * depth_pitch : 0);
+  space.x_slices = take(slices_size<Dot>(x_tile, sweep.x.depth));
+  space.y_slices = take(slices_size<Dot>(y_tile, sweep.y.depth));
   space.y_panels = take(y_tile * words);
   space.logits = take(x_tile * kTilePitch);
   space.w_rows = paired ? take(x_tile * kTilePitch / 2) : space.logits;
@@ -179,27 +176,18 @@ inline Rows prepare_rows(const Matrix& matrix, const int64_t* index, int64_t beg
   return rows;
 }
 
-// RIGHT of the gradient's products: the rows themselves, or pairs of them.
 template <class Dot>
-inline Rows prepare_pairs(const Matrix& matrix, Rows rows, int64_t padded_count, float* buffer) {
-  if (Dot::kPairs == 1) return rows;
-  const Rows pairs{buffer, row_pitch(matrix.depth)};
-  pack_pairs(rows, padded_count, matrix.depth, buffer, pairs.pitch);
-  return pairs;
-}
-
-template <class Dot>
-inline void prepare_columns(const Sweep& sweep, const Tile& tile, bool pairs, Workspace& space) {
+inline void prepare_columns(const Sweep& sweep, const Tile& tile, bool slices, Workspace& space) {
   const int64_t padded = round_up(tile.columns, kPanel);
   const Rows y = prepare_rows<Dot>(sweep.y, nullptr, tile.column, tile.columns, kPanel, space.y_buffer);
   pack_panels(y, padded, row_words<Dot>(sweep.y.depth), space.y_panels);
-  if (pairs) space.y_pairs = prepare_pairs<Dot>(sweep.y, y, padded, space.y_pairs_buffer);
+  if (slices) pack_slices<Dot>(y, padded, sweep.y.depth, space.y_slices);
 }
 
 template <class Dot>
-inline void prepare_tile_rows(const Sweep& sweep, const Tile& tile, bool pairs, Workspace& space) {
+inline void prepare_tile_rows(const Sweep& sweep, const Tile& tile, bool slices, Workspace& space) {
   space.x = prepare_rows<Dot>(sweep.x, sweep.x_index, tile.row, tile.rows, kStrip, space.x_buffer);
-  if (pairs) space.x_pairs = prepare_pairs<Dot>(sweep.x, space.x, round_up(tile.rows, kStrip), space.x_pairs_buffer);
+  if (slices) pack_slices<Dot>(space.x, round_up(tile.rows, kStrip), sweep.x.depth, space.x_slices);
 }
 
 // What the exponential needs to know of the scale. An excluded pair's dot must become a logit of -inf, so a scale of
