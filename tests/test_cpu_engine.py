@@ -193,6 +193,13 @@ def test_symmetric_rows_of_large_norm(mask, depth):
     assert_close(run(plan, given), dense(plan, given), statistics_error=1e-6, product_error=1e-3)
 
 
+@pytest.mark.parametrize("reduce", [Reduce.LSE, Reduce.SUM], ids=["lse", "sum"])
+def test_plan_of_sparse_terms_only(reduce):
+    plan = Plan((Term(reduce, Mask(target=True)),), symmetric=True)
+    given = operands(plan, 203, 203, 9)
+    assert_close(run(plan, given), dense(plan, given))
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_exp2_error(monkeypatch, level):
     """The sum of a single pair is exp2 itself: within 2 ulp, and the rounding of its argument, over the used range."""
