@@ -71,6 +71,7 @@ def select(plan: Plan, operands: Operands, name: str | None = None) -> str:
 
 def statistics(plan: Plan, operands: Operands, backend: str | None = None) -> Statistics:
     """All terms of ``plan`` from one sweep over S."""
+    _warn_if_ranks_are_apart()
     with _plain_arithmetic(operands):
         return BACKENDS[select(plan, operands, backend)].statistics(plan, operands)
 
@@ -131,6 +132,22 @@ def _warn_if_slow(chosen: str, device: str) -> None:
         warnings.warn(
             f"fastcl runs on its plain PyTorch backend, which is slower, because the {engine!r} backend is "
             f"unavailable: {reason}. `python -m fastcl` says more.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_if_ranks_are_apart() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _warn_of_ranks(torch.distributed.get_world_size())
+
+
+@functools.cache
+def _warn_of_ranks(ranks: int) -> None:
+    if ranks > 1:
+        warnings.warn(
+            f"fastcl computes each rank's loss over that rank's own batch: negatives are not shared between the "
+            f"{ranks} ranks of the process group.",
             RuntimeWarning,
             stacklevel=2,
         )

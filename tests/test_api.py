@@ -175,6 +175,18 @@ def test_missing_engine_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine._warn_if_slow.cache_clear()
 
 
+def test_ranks_that_do_not_share_negatives_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    engine._warn_of_ranks.cache_clear()
+    with pytest.warns(RuntimeWarning, match="not shared between the 2 ranks"):
+        fastcl.nt_xent(X, Y, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastcl.nt_xent(X, Y, 0.5)
+    engine._warn_of_ranks.cache_clear()
+
+
 def test_list_backends() -> None:
     backends = fastcl.list_backends()
     assert set(backends) == {"cuda", "triton", "cpu", "tiled", "dense"}
