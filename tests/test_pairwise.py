@@ -62,10 +62,10 @@ def test_every_term(reduce: Reduce, mask: Mask, symmetric: bool, backend: str) -
     target = (torch.arange(N) * 5 + 1) % (N + 3) + col0 - 1
 
     got = pairwise(a, b, terms, scale, bias, target=target, row0=row0, col0=col0, backend=backend)
-    logits = scale * a @ (a if b is None else b).T + bias
+    logits = scale.double() * a.double() @ (a if b is None else b).double().T + bias.double()
     want = [definition(term, logits, target, row0, col0) for term in terms]
     for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
     if reduce is Reduce.MAX:
         assert not got[0].requires_grad
         return
@@ -76,7 +76,7 @@ def test_every_term(reduce: Reduce, mask: Mask, symmetric: bool, backend: str) -
 
     inputs = [x for x in (a, b, scale, bias) if x is not None]
     for x, y in zip(torch.autograd.grad(loss(got), inputs), torch.autograd.grad(loss(want), inputs), strict=True):
-        torch.testing.assert_close(x, torch.nan_to_num(y), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x, torch.nan_to_num(y), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", available_backends())
@@ -93,15 +93,15 @@ def test_several_log_sum_exps_in_one_plan(backend: str) -> None:
     a, b = torch.randn(40, 9, requires_grad=True), torch.randn(33, 9, requires_grad=True)
     target = torch.arange(40) % 33
     got = pairwise(a, b, terms, 2.0, target=target, backend=backend)
-    want = [definition(term, 2.0 * a @ b.T, target, 0, 0) for term in terms]
+    want = [definition(term, 2.0 * a.double() @ b.double().T, target, 0, 0) for term in terms]
     for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x, y)
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
     grads = [
         torch.autograd.grad(sum((k + 1) * x.sum() for k, x in enumerate(s) if x.requires_grad), (a, b))
         for s in (got, [*want[:3], want[3].detach(), *want[4:]])
     ]
     for x, y in zip(*grads, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
 def test_plan_round_trip() -> None:

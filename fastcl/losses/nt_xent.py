@@ -71,7 +71,9 @@ def nt_xent(
     check_choice("reduction", reduction, REDUCTIONS)
     check_pair("z1", z1, "z2", z2, same_rows=True)
     scale, batch = inverse(tau, z1), z1.shape[0]
-    z = torch.cat((normalize_rows(z1), normalize_rows(z2)) if normalize else (z1, z2))
+    z = torch.cat((z1, z2))
+    if normalize:
+        z = normalize_rows(z)
     partner = torch.arange(2 * batch, device=z.device).roll(batch)
     negatives, positive, *hardest = pairwise(
         z,
