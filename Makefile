@@ -40,11 +40,17 @@ wheel: .venv/fastcl
 clean:
 	rm -rf .venv build dist *.egg-info fastcl/*.so demo.png benchmarks/out
 
-# An environment of its own. A torch that the system's Python can import is reused instead of downloaded again.
+# An environment of its own. A torch >= 2.11 that $(PYTHON) can import, be it the system's or a virtual environment's, is
+# reused through a path file instead of downloaded again.
+FIND_TORCH := import pathlib, torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11); \
+              print(pathlib.Path(torch.__file__).parents[1])
 .venv/torch:
-	if $(PYTHON) -c "import torch" 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; \
-	else $(PYTHON) -m venv .venv; fi
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	if site=$$($(PYTHON) -c '$(FIND_TORCH)' 2>/dev/null); then \
+	  $(PYTHON) -m venv --system-site-packages .venv; \
+	  echo "$$site" > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"; \
+	else \
+	  $(PYTHON) -m venv .venv && $(BIN)/pip install -q "$(TORCH)"; \
+	fi
 	touch $@
 
 .venv/fastcl: .venv/torch $(SOURCES)
@@ -56,8 +62,9 @@ clean:
 	$(BIN)/pip install -q numpy scikit-learn matplotlib
 	touch $@
 
-# torchvision comes without its dependencies, because its wheel asks for a CUDA build of torch.
+# torchvision first and without its dependencies: its wheel asks for a CUDA build of torch, and two peers ask for it.
 .venv/dev: .venv/fastcl requirements-dev.txt
+	$(BIN)/python -c "import importlib.util as u; assert u.find_spec('torchvision')" 2>/dev/null \
+	  || $(BIN)/pip install -q --no-deps torchvision==0.28.0
 	$(BIN)/pip install -q -r requirements-dev.txt
-	$(BIN)/pip install -q --no-deps torchvision==0.28.0
 	touch $@
