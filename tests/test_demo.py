@@ -35,7 +35,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 def test_table_has_all_rows_with_small_errors(demo: tuple[str, Path]) -> None:
     output, _ = demo
     for pairs in (128, 256, 512):
-        (row,) = re.findall(rf"^ *{pairs}  .*$", output, re.MULTILINE)
+        # Once while torch.compile is still compiling, and once complete.
+        early, row = re.findall(rf"^ *{pairs}  .*$", output, re.MULTILINE)
+        assert "..." in early
+        assert "..." not in row
         errors = [float(x) for x in re.findall(r"\d+e-\d+", row)]
         assert len(errors) >= 4
         assert max(errors) < 1e-5

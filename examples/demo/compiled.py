@@ -80,6 +80,7 @@ class CompiledDense:
 def _serve(connection: Connection, sizes: Sequence[int], dim: int, tau: float) -> None:
     os.setsid()
     warnings.simplefilter("ignore")  # torch.compile's own deprecations would run through the table
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # a pool of compilers starts slower than these kernels compile
     import torch
     import torch._inductor.config
 
