@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import fastcl
+from fastcl.backends.shift import fixed_shift
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
+from fastcl.terms import Operands
 from tests.cases import available_backends, relative_error, seed_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -58,9 +60,15 @@ def test_all_equal_rows(backend: str, scale: float) -> None:
     want = gradient(clip_reference(exact_y, x.double(), scale).mean(), exact_y)
     assert relative_error(got, want) < 1e-2
 
-    # The rule with 88 in place of 80: r = exp(c - L) is subnormal, and flushed to zero it takes the gradient along.
-    subnormal = torch.tensor(-88.0).exp()
-    assert 0 < float(subnormal) < torch.finfo(torch.float32).tiny
+    # What a shift with a headroom of 88 in place of 80 multiplies by: exp(c - L), subnormal, flushed to zero on a GPU.
+    lse = torch.logsumexp(scale * (x[0] @ x.T), dim=0)
+    largest_norm = x.norm(dim=1).max() ** 2
+    headroom_88 = scale * largest_norm * (1 + 2**-7) - (88 - math.log(400))
+    tiny = torch.finfo(torch.float32).tiny
+    shift = fixed_shift(Operands(x, x, torch.tensor(scale)))
+    assert float((shift - lse).exp()) > tiny
+    if scale == 10.0:  # beyond, the margin for rounding in c lifts it again
+        assert float((headroom_88 - lse).exp()) < tiny
 
 
 @BACKENDS
