@@ -97,7 +97,10 @@ ENGINE = Extension(
     "fastcl._C",
     sources=[
         "csrc/bindings.cpp",
-        *(f"csrc/cpu/{name}" for name in ("levels.cpp", "schedule.cpp", "statistics.cpp", "gradient.cpp")),
+        *(
+            f"csrc/cpu/{name}"
+            for name in ("levels.cpp", "schedule.cpp", "statistics.cpp", "gradient.cpp", "cross_entropy.cpp")
+        ),
         *(f"csrc/cpu/{name}" for name in level_sources()),
     ],
     depends=["setup.py", *map(str, sorted(Path("csrc").rglob("*.[hi]*")))],

@@ -79,6 +79,16 @@ cpu::Workers workers() {
           }};
 }
 
+Tensor new_float(const Tensor& like, int64_t size) {
+  return torch::stable::new_empty(like, {&size, 1}, ScalarType::Float);
+}
+
+Tensor new_scalar(const Tensor& like, double value) {
+  Tensor scalar = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(), ScalarType::Float);
+  *scalar.mutable_data_ptr<float>() = static_cast<float>(value);
+  return scalar;
+}
+
 Tensor new_float(const Tensor& like, int64_t rows, int64_t columns) {
   const int64_t sizes[] = {rows, columns};
   return torch::stable::new_empty(like, {sizes, 2}, ScalarType::Float);
@@ -120,6 +130,78 @@ std::tuple<Tensor, Tensor> gradient(Tensor a, std::optional<Tensor> b, double sc
   return {product_a, product_b};
 }
 
+const float* optional_vector(const std::optional<Tensor>& tensor, int64_t size, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == size && tensor->is_contiguous() &&
+                      tensor->scalar_type() == ScalarType::Float,
+                  name, " must be a contiguous float32 vector with an entry for each row of a");
+  return tensor->const_data_ptr<float>();
+}
+
+// A matrix to be normalised: the copy of unit length takes its place in the problem.
+struct Normalized {
+  Tensor unit;
+  Tensor inverse;
+  cpu::Matrix original;
+
+  Normalized(const Tensor& tensor, const cpu::Workers& workers, const char* name, cpu::Matrix& matrix_of_problem)
+      : unit(torch::stable::new_empty(tensor, tensor.sizes())),
+        inverse(new_float(tensor, tensor.size(0))),
+        original(matrix(tensor, name)) {
+    cpu::normalize(original, workers, unit.mutable_data_ptr(), inverse.mutable_data_ptr<float>());
+    matrix_of_problem = matrix(unit, name);
+  }
+};
+
+// The loss, its statistics, and the gradients with respect to a, b, the scale and the positive, empty where not wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
+    Tensor a, std::optional<Tensor> b, double scale, double shift, double flag_below, std::optional<Tensor> target,
+    int64_t row0, int64_t col0, Tensor terms, bool symmetric, std::optional<Tensor> positive,
+    std::optional<Tensor> weights, double factor, bool normalize, bool needs_a, bool needs_b, bool needs_scale,
+    bool needs_positive) {
+  cpu::Problem problem = make_problem(a, b, scale, shift, flag_below, target, row0, col0, terms, symmetric);
+  const cpu::Workers threads = workers();
+  const int64_t n = problem.a.rows;
+  const int64_t m = problem.b.rows;
+  const int64_t depth = problem.a.depth;
+  const cpu::Matrix raw_a = problem.a;
+  const cpu::Matrix raw_b = problem.b;
+  std::optional<Normalized> unit_a, unit_b;
+  if (normalize) {
+    unit_a.emplace(a, threads, "a", problem.a);
+    problem.b = problem.a;
+    if (b.has_value()) unit_b.emplace(*b, threads, "b", problem.b);
+  }
+  STD_TORCH_CHECK(problem.column_terms.empty() || n == m, "a loss over rows and columns needs as many of both");
+  const cpu::CrossEntropy head{optional_vector(positive, n, "positive"), optional_vector(weights, n, "weights")};
+  const bool wants_a = needs_a || (needs_scale && !needs_b);
+  Tensor rows = new_float(a, problem.row_terms.size(), n);
+  Tensor columns = new_float(a, problem.column_terms.size(), m);
+  Tensor grad_a = new_float(a, wants_a ? n : 0, wants_a ? depth : 0);
+  Tensor grad_b = new_float(a, needs_b ? m : 0, needs_b ? depth : 0);
+  Tensor grad_positive = new_float(a, needs_positive ? n : 0);
+  float* positive_out = needs_positive ? grad_positive.mutable_data_ptr<float>() : nullptr;
+  float* a_out = wants_a ? grad_a.mutable_data_ptr<float>() : nullptr;
+  float* b_out = needs_b ? grad_b.mutable_data_ptr<float>() : nullptr;
+  const double loss =
+      cpu::cross_entropy(problem, threads, head, {rows.mutable_data_ptr<float>(), columns.mutable_data_ptr<float>()},
+                         a_out, b_out, positive_out);
+  const float scale_and_factor = static_cast<float>(scale * factor);
+  double inner = 0.0;
+  if (needs_b) {
+    inner = cpu::finish(raw_b, threads, unit_b ? unit_b->inverse.const_data_ptr<float>() : nullptr, scale_and_factor,
+                        b_out);
+  }
+  if (wants_a) {
+    inner = cpu::finish(raw_a, threads, unit_a ? unit_a->inverse.const_data_ptr<float>() : nullptr, scale_and_factor,
+                        a_out);
+  }
+  for (int64_t i = 0; needs_positive && i < n; ++i) positive_out[i] *= static_cast<float>(factor);
+  // A symmetric product counts every pair twice.
+  const double grad_scale = inner * factor * (symmetric ? 0.5 : 1.0);
+  return {new_scalar(a, loss * factor), rows, columns, grad_a, grad_b, new_scalar(a, grad_scale), grad_positive};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastcl_cpu, m) {
@@ -130,11 +212,17 @@ STABLE_TORCH_LIBRARY(fastcl_cpu, m) {
       "gradient(Tensor a, Tensor? b, float scale, float shift, float flag_below, Tensor? target, int row0, int col0, "
       "Tensor terms, bool symmetric, Tensor rows, Tensor columns, Tensor grad_rows, Tensor grad_columns, bool needs_a, "
       "bool needs_b) -> (Tensor, Tensor)");
+  m.def(
+      "cross_entropy(Tensor a, Tensor? b, float scale, float shift, float flag_below, Tensor? target, int row0, "
+      "int col0, Tensor terms, bool symmetric, Tensor? positive, Tensor? weights, float factor, bool normalize, "
+      "bool needs_a, bool needs_b, bool needs_scale, bool needs_positive) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcl_cpu, CPU, m) {
   m.impl("statistics", TORCH_BOX(&statistics));
   m.impl("gradient", TORCH_BOX(&gradient));
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
 }
 
 namespace {

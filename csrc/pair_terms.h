@@ -73,4 +73,10 @@ FASTCL_PAIR_FUNCTION double slope(Reduce reduce, double value, double logit) {
   }
 }
 
+// -log softmax of a positive whose negatives' log-sum-exp is greater by x, and its derivative.
+FASTCL_PAIR_FUNCTION double softplus(double x) {
+  return x > 0.0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
+}
+FASTCL_PAIR_FUNCTION double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
 }  // namespace fastcl

@@ -9,13 +9,12 @@ import functools
 import logging
 import os
 import warnings
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastcl.backends import Backend, cpu, cuda, dense, tiled, triton
-from fastcl.terms import Operands, Plan, Statistics
+from fastcl.backends.softmax import finish
+from fastcl.terms import CrossEntropy, Gradients, LossAndGradients, Needs, Operands, Plan, Statistics
 
 logger = logging.getLogger("fastcl")
 
@@ -24,15 +23,6 @@ BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "til
 
 _AUTOMATIC = ("cuda", "triton", "cpu", "tiled")
 _ENGINE_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
-_SCALE_CHUNK = 1 << 21
-
-
-class Gradients(NamedTuple):
-    """Gradients in the dtypes of the operands, None where nobody asked."""
-
-    a: Tensor | None
-    b: Tensor | None
-    scale: Tensor | None
 
 
 def list_backends() -> dict[str, str | None]:
@@ -81,42 +71,37 @@ def gradient(
     operands: Operands,
     statistics: Statistics,
     incoming: Statistics,
-    *,
-    needs_a: bool,
-    needs_b: bool,
-    needs_scale: bool,
+    needs: Needs,
     backend: str | None = None,
 ) -> Gradients:
-    """The gradients of the loss whose gradients with respect to the statistics are ``incoming``.
+    """The gradients, in the dtypes of the operands, of the loss whose gradients to the statistics are ``incoming``.
 
     The scale's gradient falls out of either product, so it costs a product only where neither was asked for.
     """
-    wants_a = needs_a or (needs_scale and not needs_b)
     with _plain_arithmetic(operands):
         products = BACKENDS[select(plan, operands, backend)].gradient(
-            plan, operands, statistics, incoming, wants_a, needs_b
+            plan, operands, statistics, incoming, needs.product_a, needs.b
         )
-        grad_scale = None
-        if needs_scale:
-            # S = scale * A @ B.T, so d/dscale is the sum of W * (A @ B.T); a symmetric product counts it twice.
-            x, product = (operands.a, products.a) if wants_a else (operands.keys, products.b)
-            grad_scale = _inner_product(x, product) * (0.5 if plan.symmetric else 1.0)
+        found = finish(plan, operands, products, needs)
         return Gradients(
-            products.a.mul_(operands.scale).to(operands.a.dtype) if needs_a else None,
-            products.b.mul_(operands.scale).to(operands.keys.dtype) if needs_b else None,
-            grad_scale,
+            found.a.to(operands.a.dtype) if needs.a else None,
+            found.b.to(operands.keys.dtype) if needs.b else None,
+            found.scale,
         )
+
+
+def cross_entropy(
+    plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs, backend: str | None = None
+) -> LossAndGradients:
+    """A softmax loss and the gradients that are needed, in as few sweeps as the backend can."""
+    _warn_if_ranks_are_apart()
+    with _plain_arithmetic(operands):
+        return BACKENDS[select(plan, operands, backend)].cross_entropy(plan, operands, head, needs)
 
 
 def _plain_arithmetic(operands: Operands) -> torch.autocast:
     # An operator's implementation runs inside the caller's autocast region, which would lower its float32 products.
     return torch.autocast(operands.a.device.type, enabled=False)
-
-
-def _inner_product(x: Tensor, y: Tensor) -> Tensor:
-    rows = max(1, _SCALE_CHUNK // max(1, x.shape[1]))
-    parts = [(p.to(q.dtype) * q).sum() for p, q in zip(x.split(rows), y.split(rows), strict=True)]
-    return torch.stack(parts).sum()
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastcl import engine
 from fastcl.checks import check_matrix, check_pair, check_scalar, check_target
-from fastcl.terms import Axis, Operands, Plan, Reduce, Statistics, Term, accumulation_dtype
+from fastcl.terms import Axis, Needs, Operands, Plan, Reduce, Statistics, Term, accumulation_dtype
 
 
 def pairwise(
@@ -72,20 +72,22 @@ def pairwise(
     0.7918
     """
     plan = Plan(tuple(terms), symmetric=b is None)
-    _check(plan, a, b, scale, bias, target, row0, col0)
+    check_operands(plan, a, b, scale, target, row0, col0)
+    if bias is not None:
+        check_scalar("bias", bias, positive=False)
     dtype = accumulation_dtype(a.dtype)
-    a, b = _autocast(a), None if b is None else _autocast(b)
+    a, b = autocast(a), None if b is None else autocast(b)
     if target is not None:
         target = target.to(torch.int64)
     rows, columns = torch.ops.fastcl.pairwise_statistics(
-        a, b, _as_tensor(scale, dtype, a.device), target, plan.encode(), norm_bound, row0, col0, backend
+        a, b, scalar_tensor(scale, dtype, a.device), target, plan.encode(), norm_bound, row0, col0, backend
     )
     values = {Axis.ROW: iter(rows.unbind()), Axis.COLUMN: iter(columns.unbind())}
     results = []
     for term in plan.terms:
         value = next(values[term.axis])
         if bias is not None:
-            shift = _as_tensor(bias, dtype, a.device)
+            shift = scalar_tensor(bias, dtype, a.device)
             if term.reduce is Reduce.SUM:
                 shift = shift * admitted_count(term, len(a), len(a if b is None else b), target, row0, col0, a.device)
             value = value + shift
@@ -167,10 +169,8 @@ def _gradient(
         Operands(a, b, scale, target, norm_bound, row0, col0),
         Statistics(rows, columns),
         Statistics(grad_rows, grad_columns),
-        needs_a=needs_a,
-        needs_b=needs_b,
-        needs_scale=needs_scale,
-        backend=backend,
+        Needs(needs_a, needs_b, needs_scale),
+        backend,
     )
     return tuple(scale.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
@@ -203,7 +203,8 @@ def _backward(ctx, grad_rows: Tensor, grad_columns: Tensor):
     return (*wanted, None, None, None, None, None, None)
 
 
-def _refuse_double_backward(ctx, *grads: Tensor):
+def refuse_double_backward(ctx, *grads: Tensor):
+    """The derivative of a gradient."""
     raise RuntimeError(
         "fastcl's losses can be differentiated once: their gradient recomputes the logits tile by tile and has no "
         "derivative of its own. For second derivatives use the dense formula, `reference()` beside each loss."
@@ -211,19 +212,13 @@ def _refuse_double_backward(ctx, *grads: Tensor):
 
 
 _statistics.register_autograd(_backward, setup_context=_save_for_gradient)
-_gradient.register_autograd(_refuse_double_backward)
+_gradient.register_autograd(refuse_double_backward)
 
 
-def _check(
-    plan: Plan,
-    a: Tensor,
-    b: Tensor | None,
-    scale: float | Tensor,
-    bias: float | Tensor | None,
-    target: Tensor | None,
-    row0: int,
-    col0: int,
+def check_operands(
+    plan: Plan, a: Tensor, b: Tensor | None, scale: float | Tensor, target: Tensor | None, row0: int, col0: int
 ) -> None:
+    """Raise unless the plan's operands fit it and each other."""
     if b is None:
         check_matrix("a", a)
         if plan.columns:
@@ -235,22 +230,21 @@ def _check(
     if not plan.terms:
         raise ValueError("terms must hold at least one Term, got none")
     check_scalar("scale", scale, positive=False)
-    if bias is not None:
-        check_scalar("bias", bias, positive=False)
     if target is not None:
         check_target("target", target, a)
     elif plan.uses_target:
         raise ValueError("target must be given, because a term's mask tests it; got None")
 
 
-def _as_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def scalar_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a 0-d tensor; a tensor keeps its gradient."""
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype)
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def _autocast(x: Tensor) -> Tensor:
-    # As torch.matmul would under autocast: the features only, never the scale, and never float64.
+def autocast(x: Tensor) -> Tensor:
+    """What torch.matmul would make of features under autocast; the scale is never cast, and float64 neither."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

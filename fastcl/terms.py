@@ -140,6 +140,41 @@ class Operands:
         return accumulation_dtype(self.a.dtype)
 
 
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The one number that a softmax loss makes of a plan's statistics, with all that is known before the sweep.
+
+    Each LSE term L of the plan, over negatives only, stands for the losses softplus(L[i] - positive[i]). The loss of i
+    is their mean over the LSE terms, times ``weights[i]`` where given; the number is the sum over i, divided by N where
+    ``mean``. ``positive`` [N] is the positives' logits, or None where the plan's SUM term is. With ``normalize`` the
+    rows of a and b are scaled to unit length first, and gradients are with respect to the rows as they were given.
+    """
+
+    positive: Tensor | None = None
+    weights: Tensor | None = None
+    mean: bool = True
+    normalize: bool = False
+
+    def factor(self, plan: Plan, rows: int) -> float:
+        """What softplus(L[i] - positive[i]) is multiplied by in the number, but for the weights."""
+        count = sum(term.reduce is Reduce.LSE for term in plan.terms)
+        return 1.0 / (count * rows) if self.mean else 1.0 / count
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    a: bool
+    b: bool
+    scale: bool
+    positive: bool = False
+
+    @property
+    def product_a(self) -> bool:
+        """Whether W @ B has to be formed: the scale's gradient falls out of either product."""
+        return self.a or (self.scale and not self.b)
+
+
 class Statistics(NamedTuple):
     """What a sweep yields: ``rows`` [len(plan.rows), N] and ``columns`` [len(plan.columns), M]."""
 
@@ -156,6 +191,23 @@ class Products(NamedTuple):
 
     a: Tensor | None
     b: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """Gradients of a, b and the scale, None where nobody asked."""
+
+    a: Tensor | None
+    b: Tensor | None
+    scale: Tensor | None
+
+
+class LossAndGradients(NamedTuple):
+    """What a :class:`CrossEntropy` comes to, with its gradients in the accumulation dtype."""
+
+    loss: Tensor
+    statistics: Statistics
+    gradients: Gradients
+    positive: Tensor | None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

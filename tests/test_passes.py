@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastcl import engine
 from fastcl.backends import tiled
-from fastcl.terms import Operands, Plan, Statistics
+from fastcl.terms import Needs, Operands, Plan, Statistics
 from tests.cases import LOSSES, Loss, make_features
 
 TILES = 16
@@ -63,8 +63,7 @@ def test_scale_costs_no_sweep(needs: tuple[bool, bool, bool], passes: int) -> No
     operands = Operands(a, b, torch.tensor(2.0))
     statistics = engine.statistics(plan, operands, "tiled")
     incoming = Statistics(torch.rand(1, 64), torch.rand(1, 64))
-    flags = dict(zip(("needs_a", "needs_b", "needs_scale"), needs, strict=True))
     counted = count_passes(
-        lambda: engine.gradient(plan, operands, statistics, incoming, backend="tiled", **flags), 64 * 64 * DIM
+        lambda: engine.gradient(plan, operands, statistics, incoming, Needs(*needs), "tiled"), 64 * 64 * DIM
     )
     assert counted == passes

@@ -57,6 +57,25 @@ void statistics(const Problem& problem, const Workers& workers, Vectors<float> o
 void gradient(const Problem& problem, const Workers& workers, Vectors<const float> statistics,
               Vectors<const float> incoming, float* a, float* b);
 
+// The loss that a plan's statistics stand for: each log-sum-exp L contributes weights[i] * softplus(L[i] -
+// positive[i]).
+struct CrossEntropy {
+  const float* positive;  // [a.rows], or null: the plan's sum along rows is the positive
+  const float* weights;   // [a.rows], or null: all 1
+};
+
+// The loss, the statistics and the products of the loss's gradient as above. `positive` gets the gradient with respect
+// to head.positive. Null where not wanted.
+double cross_entropy(const Problem& problem, const Workers& workers, const CrossEntropy& head,
+                     Vectors<float> statistics, float* a, float* b, float* positive);
+
+// The rows of a matrix scaled to unit length, contiguous and of its type, and 1 / norm of each (see rows.h).
+void normalize(const Matrix& matrix, const Workers& workers, void* unit, float* inverse);
+
+// Turns a product into the gradient with respect to the matrix in place; `inverse` is null unless it was normalised.
+// Returns the sum of product * row (of unit length), which is the gradient of the scale.
+double finish(const Matrix& matrix, const Workers& workers, const float* inverse, float factor, float* product);
+
 // The instruction-set levels this machine can run, best last, and the one in use: the best, or $FASTCL_CPU_LEVEL.
 std::vector<std::string> available_levels();
 std::string selected_level();

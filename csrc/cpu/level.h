@@ -105,6 +105,19 @@ struct AxisGradient {
   }
 };
 
+// Value and gradient in one sweep, for losses that look along rows only: a panel of rows is complete, and its
+// gradient's weights known, while exp(S - shift) of the whole panel is still there. Panels are the sweep's blocks of
+// rows.
+struct RowPanels {
+  CrossEntropy head;
+  float* statistics;  // [terms, x.rows]
+  double* losses;     // [x.rows]
+  float* a;           // W @ Y [x.rows, depth], null where not wanted
+  float* b;           // W.T @ X [y.rows, depth], null where not wanted
+  float* positive;    // gradient with respect to head.positive, null where there is none
+  float flag_below;
+};
+
 struct Level {
   const char* name;
   size_t (*workspace_bytes)(const Sweep&);
@@ -112,6 +125,14 @@ struct Level {
   // The log-sum-exp of the dense pairs of the rows in x_index, with a running maximum in place of the shift.
   void (*running)(const Sweep&, const Task&, double* values, void* workspace);
   void (*gradient)(const Sweep&, const AxisGradient& rows, const AxisGradient& columns, const Task&, void* workspace);
+  size_t (*panel_bytes)(const Sweep&, const RowPanels&);
+  // Statistics, losses and W @ Y of a panel. Its workspace then says what the panel adds to W.T @ X.
+  void (*panel)(const Sweep&, const RowPanels&, int64_t panel, void* workspace);
+  // Adds that for one tile of columns.
+  void (*panel_columns)(const Sweep&, const RowPanels&, int64_t panel, int64_t column, void* workspace);
+  void (*normalize)(const Matrix&, int64_t begin, int64_t end, void* unit, float* inverse, float* scratch);
+  void (*finish)(const Matrix&, const float* inverse, float factor, int64_t begin, int64_t end, float* product,
+                 double* inner, float* scratch);
 };
 
 const Level& selected();

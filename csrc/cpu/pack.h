@@ -43,6 +43,24 @@ inline float widen_float16(uint16_t x) {
   return value;
 }
 
+// To the nearest bfloat16, ties to even.
+inline uint16_t narrow_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// To the nearest float16, ties to even, for |x| <= 1.
+inline uint16_t narrow_float16(float x) {
+  const float rebased = x * 0x1p-112f;
+  uint32_t bits;
+  std::memcpy(&bits, &rebased, sizeof bits);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (x != x) return 0x7e00;
+  return static_cast<uint16_t>((bits >> 16 & 0x8000) | ((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13));
+}
+
 template <class To, class From, class Convert>
 inline void copy_row(const void* data, int64_t offset, int64_t stride, int64_t depth, float* words, Convert convert) {
   const From* from = static_cast<const From*>(data) + offset;

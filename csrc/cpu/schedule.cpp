@@ -31,6 +31,13 @@ int64_t block_size(int64_t length, int64_t tile) {
   return tile * std::max<int64_t>(1, ceil_divide(tiles, kMaxBlocks));
 }
 
+int64_t panel_rows(int64_t rows, int64_t columns, int64_t tile, bool kept) {
+  constexpr int64_t kPanelBytes = int64_t{24} << 20;
+  const int64_t fits = kept ? kPanelBytes / (sizeof(float) * ceil_divide(columns, kMaxTile) * (kMaxTile + 16)) : tile;
+  const int64_t balanced = ceil_divide(ceil_divide(rows, kMaxBlocks), kTileUnit) * kTileUnit;
+  return std::min({fits / kTileUnit * kTileUnit, balanced, tile});
+}
+
 Workers worth(const Workers& workers, const Sweep& sweep) {
   constexpr int64_t kSmall = int64_t{1} << 21;
   Workers result = workers;

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from fastcl.terms import Operands, Plan, Products, Statistics
+from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics
 
 
 class Backend(Protocol):
@@ -36,3 +36,6 @@ class Backend(Protocol):
 
         ``incoming`` holds the loss's gradient with respect to each statistic, in the shapes of ``statistics``.
         """
+
+    def cross_entropy(self, plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
+        """A softmax loss with its gradients: from one sweep where that is possible, else by ``softmax.two_sweeps``."""

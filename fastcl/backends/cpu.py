@@ -1,18 +1,30 @@
 """The C++ CPU engine: a tile engine compiled for each instruction set, in ``csrc/``.
 
 May import :mod:`fastcl.terms`, :mod:`fastcl.backends.shift` and the extension ``fastcl._C``, which is loaded on first
-use. Everything here is the translation of a call into the operators ``fastcl_cpu::statistics`` and ``::gradient``.
+use. Everything here is the translation of a call into the operators of ``fastcl_cpu``.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastcl.backends.shift import fixed_shift, flag_threshold
-from fastcl.terms import Axis, Operands, Plan, Products, Reduce, Statistics
+from fastcl.terms import (
+    Axis,
+    CrossEntropy,
+    Gradients,
+    LossAndGradients,
+    Needs,
+    Operands,
+    Plan,
+    Products,
+    Reduce,
+    Statistics,
+)
 
 _MINIMUM_TORCH = (2, 11)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,6 +84,30 @@ def gradient(
     vectors = (v.detach().float().contiguous() for v in (*statistics, *incoming))
     a, b = torch.ops.fastcl_cpu.gradient(*_arguments(plan, operands), *vectors, needs_a, needs_b)
     return Products(a if needs_a else None, b if needs_b and not plan.symmetric else None)
+
+
+def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
+    _extension()
+    if head.normalize:
+        operands = replace(operands, norm_bound=1.0)
+    loss, rows, columns, a, b, scale, positive = torch.ops.fastcl_cpu.cross_entropy(
+        *_arguments(plan, operands),
+        _vector(head.positive),
+        _vector(head.weights),
+        head.factor(plan, operands.shape[0]),
+        head.normalize,
+        *needs,
+    )
+    return LossAndGradients(
+        loss,
+        Statistics(rows, columns),
+        Gradients(a if needs.a else None, b if needs.b else None, scale if needs.scale else None),
+        positive if needs.positive else None,
+    )
+
+
+def _vector(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().float().contiguous()
 
 
 def _arguments(plan: Plan, operands: Operands) -> tuple:

@@ -5,7 +5,7 @@ May import :mod:`fastcl.terms` only.
 
 from __future__ import annotations
 
-from fastcl.terms import Operands, Plan, Products, Statistics
+from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics
 
 _REASON = "the CUDA C++ kernels are not part of this version of fastcl"
 
@@ -30,4 +30,8 @@ def gradient(
     needs_a: bool,
     needs_b: bool,
 ) -> Products:
+    raise NotImplementedError(_REASON)
+
+
+def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
     raise NotImplementedError(_REASON)

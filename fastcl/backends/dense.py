@@ -1,7 +1,7 @@
 """Backend `dense`: any plan with all of S at once, in any dtype up to float64.
 
-May import :mod:`fastcl.terms` and :mod:`fastcl.backends.pairs`. It judges the other backends and serves small problems
-on request; it needs several N x M matrices, so it is never selected automatically.
+May import :mod:`fastcl.terms` and what backends share, ``pairs`` and ``softmax``. It judges the other backends and
+serves small problems on request; it needs several N x M matrices, so it is never selected automatically.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastcl.backends.pairs import admitted, logits, reduce_tile, weight_tile
-from fastcl.terms import Operands, Plan, Products, Statistics, Term
+from fastcl.backends.softmax import two_sweeps
+from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics, Term
 
 
 def unavailable() -> str | None:
@@ -55,6 +56,10 @@ def gradient(
         w @ operands.keys.to(w.dtype) if needs_a else None,
         w.mT @ operands.a.to(w.dtype) if needs_b else None,
     )
+
+
+def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
+    return two_sweeps(statistics, gradient, plan, operands, head, needs)
 
 
 def _everything(operands: Operands) -> tuple[slice, slice]:

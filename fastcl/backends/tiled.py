@@ -1,21 +1,29 @@
 """Backend `tiled`: any plan in plain PyTorch, streaming S through tiles of bounded size.
 
-May import :mod:`fastcl.terms` and :mod:`fastcl.backends.pairs`. It runs wherever torch runs and needs no compiler. A
-symmetric plan visits only tiles on and above the diagonal: one tile serves the rows of both of its sides.
+May import :mod:`fastcl.terms`, :mod:`fastcl.backends.pairs` and :mod:`fastcl.backends.softmax`. It runs wherever torch
+runs and needs no compiler. A symmetric plan visits only tiles on and above the diagonal: one tile serves the rows of
+both of its sides. A softmax loss along rows only takes one sweep over panels of whole rows, whose S is kept until the
+gradient's weights are known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastcl.backends.pairs import admitted, logits, merge, neutral, reduce_tile, weight_tile
-from fastcl.terms import Operands, Plan, Products, Statistics, Term
+from fastcl.backends.softmax import evaluate, finish, through_unit_length, two_sweeps, unit_operands
+from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Reduce, Statistics, Term
 
 _TILE_ON_CPU = 1024
 _TILE_ELSEWHERE = 4096
+_PANEL_TILES = 16
+"""tiles whose memory a panel of whole rows may take"""
+_LOWEST_PANEL = 128
+"""rows of a panel that still make a good matrix product"""
 
 
 def unavailable() -> str | None:
@@ -74,9 +82,64 @@ def gradient(
     return Products(grad_a, grad_b)
 
 
+def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
+    rows = _panel_rows(operands)
+    one_direction = not (plan.symmetric or plan.columns) and sum(t.reduce is Reduce.LSE for t in plan.rows) == 1
+    if not one_direction or rows < min(_LOWEST_PANEL, operands.shape[0]) or not (needs.product_a or needs.b):
+        return two_sweeps(statistics, gradient, plan, operands, head, needs)
+    unit = unit_operands(operands) if head.normalize else operands
+    n, m = operands.shape
+    dtype = operands.accumulation_dtype
+    everything = slice(0, m)
+    values = _neutral(plan.rows, n, operands)
+    products = Products(
+        operands.a.new_empty(operands.a.shape, dtype=dtype) if needs.product_a else None,
+        operands.a.new_zeros(operands.keys.shape, dtype=dtype) if needs.b else None,
+    )
+    loss, positive = values.new_zeros(()), []
+    for start in range(0, n, rows):
+        panel = slice(start, min(start + rows, n))
+        s = logits(unit, panel, everything)
+        admits = [admitted(term.mask, operands, panel, everything) for term in plan.rows]
+        for k, term in enumerate(plan.rows):
+            values[k, panel] = reduce_tile(term.reduce, s, admits[k], 1)
+        own = replace(
+            head,
+            positive=None if head.positive is None else head.positive[panel],
+            weights=None if head.weights is None else head.weights[panel],
+        )
+        found = evaluate(plan, own, Statistics(values[:, panel], values[:0]), n)
+        w = torch.zeros_like(s)
+        for k, term in enumerate(plan.rows):
+            tile = weight_tile(term, s, admits[k], values[k, panel], found.incoming.rows[k])
+            if tile is not None:
+                w += tile
+        if products.a is not None:
+            torch.mm(w, unit.keys.to(dtype), out=products.a[panel])
+        if products.b is not None:
+            _add_product(products.b, w.mT, unit.a[panel])
+        loss += found.loss
+        positive.append(found.positive)
+    gradients = finish(plan, unit, products, needs)
+    if head.normalize:
+        gradients = through_unit_length(operands, unit, gradients)
+    all_values = Statistics(values, values.new_empty((0, m)))
+    return LossAndGradients(loss, all_values, gradients, torch.cat(positive) if needs.positive else None)
+
+
+def _panel_rows(operands: Operands) -> int:
+    """Rows of a panel of S: as many as a tile has, or as fit into the memory of a few tiles."""
+    size = _tile_size(operands)
+    return max(1, min(size, _PANEL_TILES * size * size // operands.shape[1]))
+
+
+def _tile_size(operands: Operands) -> int:
+    return _TILE_ON_CPU if operands.a.device.type == "cpu" else _TILE_ELSEWHERE
+
+
 def _tiles(plan: Plan, operands: Operands) -> Iterator[tuple[slice, slice]]:
     n, m = operands.shape
-    size = _TILE_ON_CPU if operands.a.device.type == "cpu" else _TILE_ELSEWHERE
+    size = _tile_size(operands)
     for i in range(0, n, size):
         for j in range(i if plan.symmetric else 0, m, size):
             yield slice(i, min(i + size, n)), slice(j, min(j + size, m))

@@ -1,4 +1,4 @@
-"""The CLIP loss, both directions at once. May import the primitive, the vocabulary and :mod:`fastcl.losses.common`."""
+"""The CLIP loss, both directions at once. May import the vocabulary and :mod:`fastcl.losses.common`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcl.checks import check_choice, check_pair, check_scalar
-from fastcl.losses.common import REDUCTIONS, LossStats, normalize_rows, reduce_loss, softmax_loss, summarize
-from fastcl.pairwise import pairwise
+from fastcl.losses.common import REDUCTIONS, LossStats, softmax_loss, summarize
 from fastcl.terms import Axis, Mask, Reduce, Term
 
 _NEGATIVES = Mask(self_pair=False)
@@ -72,24 +71,19 @@ def clip_loss(
         check_scalar("logit_bias", logit_bias, positive=False)
     check_choice("reduction", reduction, REDUCTIONS)
     check_pair("image_features", image_features, "text_features", text_features, same_rows=True)
-    if normalize:
-        image_features, text_features = normalize_rows(image_features), normalize_rows(text_features)
-    by_row, by_column, positive, *hardest = pairwise(
+    loss, (_, _, positive, *hardest) = softmax_loss(
         image_features,
         text_features,
         _TERMS + _HARDEST if return_stats else _TERMS,
         logit_scale,
-        logit_bias,
-        norm_bound=1.0 if normalize else None,
+        reduction=reduction,
+        normalize=normalize,
         backend=backend,
     )
-    loss = 0.5 * (softmax_loss(by_row, positive) + softmax_loss(by_column, positive))
-    loss = reduce_loss(loss, reduction)
-    if not return_stats:
-        return loss
     if logit_bias is not None:
-        positive, hardest = positive - logit_bias, [negative - logit_bias for negative in hardest]
-    return loss, summarize(positive, hardest, None, logit_scale)
+        # A parameter that changes nothing has a gradient of zero, not none; a NaN in it still shows.
+        loss = loss + 0.0 * logit_bias
+    return (loss, summarize(positive, hardest, None, logit_scale)) if return_stats else loss
 
 
 def reference(

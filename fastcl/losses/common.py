@@ -1,17 +1,20 @@
-"""What the softmax losses share: normalisation, the loss of one row, reductions and the statistics they report.
+"""What the softmax losses share: normalisation, the loss from its terms, and the statistics they report.
 
-May import :mod:`fastcl.terms` and :mod:`fastcl.checks`.
+May import the primitives, :mod:`fastcl.terms` and :mod:`fastcl.checks`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcl.terms import accumulation_dtype
+from fastcl.cross_entropy import cross_entropy
+from fastcl.pairwise import pairwise
+from fastcl.terms import Reduce, Term, accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -43,25 +46,59 @@ def inverse(tau: float | Tensor, features: Tensor) -> float | Tensor:
     return 1.0 / (tau.to(accumulation_dtype(features.dtype)) if isinstance(tau, Tensor) else tau)
 
 
-def softmax_loss(negatives: Tensor, positive: Tensor) -> Tensor:
-    """-log softmax of the positive, from the log-sum-exp of the negatives alone.
+def softmax_loss(
+    a: Tensor,
+    b: Tensor | None,
+    terms: Sequence[Term],
+    scale: float | Tensor,
+    *,
+    reduction: str,
+    normalize: bool,
+    positive: Tensor | None = None,
+    has_positive: Tensor | None = None,
+    target: Tensor | None = None,
+    norm_bound: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """-log softmax of each row's positive, averaged over the LSE terms, and the values of all terms.
 
-    softplus(negatives - positive) keeps its precision when the positive dominates, where the difference of a
-    log-sum-exp over everything and the positive cancels. Rows without negatives (-inf) have loss 0 and gradient 0.
+    The LSE terms admit negatives only: softplus(L - positive) keeps its precision when the positive dominates, where the
+    difference of a log-sum-exp over everything and the positive cancels. Rows without negatives (L = -inf) have loss 0
+    and gradient 0, and so have rows where ``has_positive`` is false. The positive is the SUM term unless it is given.
+
+    A mean or a sum is one operator call for value and gradient; the losses of the single rows, whose weights only
+    backward knows, take one for each.
     """
-    return F.softplus(negatives - positive, threshold=40.0)
-
-
-def reduce_loss(loss: Tensor, reduction: str) -> Tensor:
-    """Mean, sum or nothing."""
-    if reduction == "mean":
-        return loss.mean()
-    return loss.sum() if reduction == "sum" else loss
+    if reduction != "none":
+        return cross_entropy(
+            a,
+            b,
+            terms,
+            scale,
+            positive=positive,
+            weights=None if has_positive is None else has_positive.to(accumulation_dtype(a.dtype)),
+            reduction=reduction,
+            normalize=normalize,
+            target=target,
+            norm_bound=norm_bound,
+            backend=backend,
+        )
+    if normalize:
+        a, b, norm_bound = normalize_rows(a), None if b is None else normalize_rows(b), 1.0
+    values = pairwise(a, b, terms, scale, target=target, norm_bound=norm_bound, backend=backend)
+    if positive is None:
+        positive = next(value for term, value in zip(terms, values, strict=True) if term.reduce is Reduce.SUM)
+    negatives = [value for term, value in zip(terms, values, strict=True) if term.reduce is Reduce.LSE]
+    loss = sum(F.softplus(value - positive, threshold=40.0) for value in negatives) / len(negatives)
+    if has_positive is not None:
+        loss = loss.where(has_positive, loss.new_zeros(()))
+    return loss, values
 
 
 def summarize(positive: Tensor, hardest: list[Tensor], has_positive: Tensor | None, scale: float | Tensor) -> LossStats:
     """LossStats from the positives' logits and, for each direction, the largest negative logit of each row."""
     positive = positive.detach()
+    hardest = [negative.detach() for negative in hardest]
     scale = torch.as_tensor(scale, dtype=positive.dtype, device=positive.device).detach()
     valid = torch.ones_like(positive, dtype=torch.bool) if has_positive is None else has_positive
     count = valid.sum().clamp_min(1)

@@ -1,4 +1,4 @@
-"""InfoNCE, queries against keys. May import the primitive, the vocabulary and :mod:`fastcl.losses.common`."""
+"""InfoNCE, queries against keys. May import the vocabulary and :mod:`fastcl.losses.common`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from fastcl.losses.common import (
     LossStats,
     inverse,
     normalize_rows,
-    reduce_loss,
     softmax_loss,
     summarize,
 )
-from fastcl.pairwise import pairwise
 from fastcl.terms import Mask, Reduce, Term, accumulation_dtype
 
 
@@ -70,7 +68,8 @@ def info_nce(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
-    Complexity: 4 * N * M * D multiply-adds for value and gradients, O(N + M) memory beyond features and gradients.
+    Complexity: 3 * N * M * D multiply-adds for value and gradients, 2 * N * M * D where only one side requires grad (4
+    and 3 with reduction="none"), O(N + M) memory beyond features and gradients.
 
     Source: van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018 (arXiv:1807.03748).
 
@@ -92,23 +91,23 @@ def info_nce(
             raise ValueError("target and negatives exclude each other: with negatives, query i's positive is key i")
         check_pair("query", query, "negatives", negatives, same_rows=False)
     scale = inverse(tau, query)
-    if normalize:
-        query, key = normalize_rows(query), normalize_rows(key)
-        negatives = None if negatives is None else normalize_rows(negatives)
-    options = {"target": target, "norm_bound": 1.0 if normalize else None, "backend": backend}
+    has_positive = None if target is None else target >= 0
+    options = {"reduction": reduction, "backend": backend}
     if negatives is None:
-        terms = _SAME_INDEX if target is None else _BY_TARGET
-        from_negatives, positive, *hardest = pairwise(query, key, terms[: 3 if return_stats else 2], scale, **options)
+        terms = (_SAME_INDEX if target is None else _BY_TARGET)[: 3 if return_stats else 2]
+        loss, (_, positive, *hardest) = softmax_loss(
+            query, key, terms, scale, normalize=normalize, has_positive=has_positive, target=target, **options
+        )
     else:
-        terms = _EXPLICIT[: 2 if return_stats else 1]
-        from_negatives, *hardest = pairwise(query, negatives, terms, scale, **options)
+        if normalize:
+            query, key, negatives = (normalize_rows(x) for x in (query, key, negatives))
+            options["norm_bound"] = 1.0
         dtype = accumulation_dtype(query.dtype)
         positive = (query.to(dtype) * key.to(dtype)).sum(dim=1) * scale
-    loss = softmax_loss(from_negatives, positive)
-    has_positive = None if target is None else target >= 0
-    if has_positive is not None:
-        loss = loss.where(has_positive, loss.new_zeros(()))
-    loss = reduce_loss(loss, reduction)
+        terms = _EXPLICIT[: 2 if return_stats else 1]
+        loss, (_, *hardest) = softmax_loss(
+            query, negatives, terms, scale, normalize=False, positive=positive, **options
+        )
     return (loss, summarize(positive, hardest, has_positive, scale)) if return_stats else loss
 
 

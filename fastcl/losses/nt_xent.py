@@ -1,4 +1,4 @@
-"""NT-Xent, the loss of SimCLR. May import the primitive, the vocabulary and :mod:`fastcl.losses.common`."""
+"""NT-Xent, the loss of SimCLR. May import the vocabulary and :mod:`fastcl.losses.common`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from fastcl.losses.common import (
     REDUCTIONS,
     LossStats,
     inverse,
-    normalize_rows,
-    reduce_loss,
     softmax_loss,
     summarize,
 )
-from fastcl.pairwise import pairwise
 from fastcl.terms import Mask, Reduce, Term
 
 _NEGATIVES = Mask(self_pair=False, target=False)
@@ -71,20 +68,16 @@ def nt_xent(
     check_choice("reduction", reduction, REDUCTIONS)
     check_pair("z1", z1, "z2", z2, same_rows=True)
     scale, batch = inverse(tau, z1), z1.shape[0]
-    z = torch.cat((z1, z2))
-    if normalize:
-        z = normalize_rows(z)
-    partner = torch.arange(2 * batch, device=z.device).roll(batch)
-    negatives, positive, *hardest = pairwise(
-        z,
+    loss, (_, positive, *hardest) = softmax_loss(
+        torch.cat((z1, z2)),
         None,
         (*_TERMS, _HARDEST) if return_stats else _TERMS,
         scale,
-        target=partner,
-        norm_bound=1.0 if normalize else None,
+        reduction=reduction,
+        normalize=normalize,
+        target=torch.arange(2 * batch, device=z1.device).roll(batch),
         backend=backend,
     )
-    loss = reduce_loss(softmax_loss(negatives, positive), reduction)
     return (loss, summarize(positive, hardest, None, scale)) if return_stats else loss
 
 

@@ -1,7 +1,8 @@
 """Fused Triton kernels for CUDA devices: a forward that sweeps S once, a backward over bounded panels of W.
 
-May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and the shift rule. Importing this package does not import Triton;
-only a call does. Under ``TRITON_INTERPRET=1`` it also takes CPU tensors, to be tested without a device.
+May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share, ``softmax`` and ``shift``. Importing this
+package does not import Triton; only a call does. Under ``TRITON_INTERPRET=1`` it also takes CPU tensors, to be tested
+without a device.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 
 import torch
 
-from fastcl.terms import Operands, Plan, Products, Statistics
+from fastcl.backends.softmax import two_sweeps
+from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,6 +62,10 @@ def gradient(
     from fastcl.backends.triton import backward
 
     return backward.gradient(plan, operands, statistics, incoming, needs_a, needs_b)
+
+
+def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
+    return two_sweeps(statistics, gradient, plan, operands, head, needs)
 
 
 @functools.cache

@@ -1,0 +1,130 @@
+"""The softmax losses below autograd: from statistics to one number, its gradient, and back through unit length.
+
+May import :mod:`fastcl.terms` only. Backends share what is here; :func:`two_sweeps` is the whole computation for a
+backend that knows nothing better than its ``statistics`` and ``gradient``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastcl.terms import (
+    CrossEntropy,
+    Gradients,
+    LossAndGradients,
+    Needs,
+    Operands,
+    Plan,
+    Products,
+    Reduce,
+    Statistics,
+)
+
+_SMALLEST_NORM = 1e-12
+_CHUNK = 1 << 21
+
+
+class Evaluation(NamedTuple):
+    """The loss [0-d], its gradient with respect to the statistics, and with respect to ``CrossEntropy.positive``."""
+
+    loss: Tensor
+    incoming: Statistics
+    positive: Tensor | None
+
+
+def evaluate(plan: Plan, head: CrossEntropy, statistics: Statistics, rows: int) -> Evaluation:
+    """What ``head`` makes of the statistics of (some of) the ``rows`` that its mean is over."""
+    factor = head.factor(plan, rows)
+    sums = [i for i, term in enumerate(plan.rows) if term.reduce is Reduce.SUM]
+    positive = statistics.rows[sums[0]] if head.positive is None else head.positive
+    incoming = Statistics(*(torch.zeros_like(values) for values in statistics))
+    loss, total = positive.new_zeros(()), torch.zeros_like(positive)
+    for terms, values, gradients in zip((plan.rows, plan.columns), statistics, incoming, strict=True):
+        for k, term in enumerate(terms):
+            if term.reduce is not Reduce.LSE:
+                continue
+            difference = values[k] - positive
+            row_loss, slope = F.softplus(difference, threshold=40.0), torch.sigmoid(difference)
+            if head.weights is not None:
+                # A row without weight has no say, whatever its similarities are.
+                ignored = head.weights == 0
+                row_loss = (row_loss * head.weights).masked_fill(ignored, 0.0)
+                slope = (slope * head.weights).masked_fill(ignored, 0.0)
+            loss += row_loss.sum() * factor
+            gradients[k] = slope * factor
+            total += gradients[k]
+    if head.positive is None:
+        incoming.rows[sums[0]] = -total
+    return Evaluation(loss, incoming, None if head.positive is None else -total)
+
+
+def two_sweeps(
+    statistics: Callable[..., Statistics],
+    gradient: Callable[..., Products],
+    plan: Plan,
+    operands: Operands,
+    head: CrossEntropy,
+    needs: Needs,
+) -> LossAndGradients:
+    """Loss and gradients by a backend's sweep for the statistics and its sweep for the products."""
+    unit = unit_operands(operands) if head.normalize else operands
+    values = statistics(plan, unit)
+    found = evaluate(plan, head, values, operands.shape[0])
+    products = Products(None, None)
+    if needs.a or needs.b or needs.scale:
+        products = gradient(plan, unit, values, found.incoming, needs.product_a, needs.b)
+    gradients = finish(plan, unit, products, needs)
+    if head.normalize:
+        gradients = through_unit_length(operands, unit, gradients)
+    return LossAndGradients(found.loss, values, gradients, found.positive if needs.positive else None)
+
+
+def finish(plan: Plan, operands: Operands, products: Products, needs: Needs) -> Gradients:
+    """Gradients of the operands and the scale from the products, which are used up, in the accumulation dtype."""
+    scale = None
+    if needs.scale:
+        # S = scale * A @ B.T, so d/dscale is the sum of W * (A @ B.T); a symmetric product counts it twice.
+        x, product = (operands.a, products.a) if needs.product_a else (operands.keys, products.b)
+        scale = _inner_product(x, product) * (0.5 if plan.symmetric else 1.0)
+    return Gradients(
+        products.a.mul_(operands.scale) if needs.a else None,
+        products.b.mul_(operands.scale) if needs.b else None,
+        scale,
+    )
+
+
+def unit_operands(operands: Operands) -> Operands:
+    """The operands with rows of unit length, in their dtype."""
+
+    def unit(x: Tensor) -> Tensor:
+        return F.normalize(x.to(operands.accumulation_dtype), dim=1, eps=_SMALLEST_NORM).to(x.dtype)
+
+    return replace(operands, a=unit(operands.a), b=None if operands.b is None else unit(operands.b), norm_bound=1.0)
+
+
+def through_unit_length(operands: Operands, unit: Operands, gradients: Gradients) -> Gradients:
+    """Gradients with respect to the rows of ``unit`` turned into those with respect to ``operands``, in place."""
+
+    def back(x: Tensor, gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
+        x = x.to(gradient.dtype)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        clamped = norm.clamp_min(_SMALLEST_NORM)
+        direction = x / clamped
+        radial = (gradient * direction).sum(dim=1, keepdim=True).masked_fill_(norm < _SMALLEST_NORM, 0.0)
+        return gradient.sub_(radial * direction).div_(clamped)
+
+    return Gradients(back(operands.a, gradients.a), back(operands.keys, gradients.b), gradients.scale)
+
+
+def _inner_product(x: Tensor, y: Tensor) -> Tensor:
+    rows = max(1, _CHUNK // max(1, x.shape[1]))
+    parts = [(p.to(q.dtype) * q).sum() for p, q in zip(x.split(rows), y.split(rows), strict=True)]
+    return torch.stack(parts).sum()
