@@ -8,13 +8,15 @@ wait in the accumulation dtype for the factor that backward brings.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastcl import engine
-from fastcl.pairwise import autocast, check_operands, refuse_double_backward, scalar_tensor
+from fastcl.pairwise import autocast, refuse_double_backward, scalar_tensor
 from fastcl.terms import Axis, CrossEntropy, Needs, Operands, Plan, Term, accumulation_dtype
 
 
@@ -30,8 +32,6 @@ def cross_entropy(
     normalize: bool = False,
     target: Tensor | None = None,
     norm_bound: float | None = None,
-    row0: int = 0,
-    col0: int = 0,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     r"""The softmax cross entropy over the pairs of S, and the statistics it comes from.
@@ -44,7 +44,7 @@ def cross_entropy(
     averaged over the LSE terms, and over i for ``reduction="mean"``.
 
     Args:
-        a, b, scale, target, norm_bound, row0, col0, backend: as in :func:`fastcl.pairwise.pairwise`.
+        a, b, scale, target, norm_bound, backend: as in :func:`fastcl.pairwise.pairwise`.
         terms: LSE terms of the negatives, one SUM term along rows that is the positive's logit (unless ``positive`` is
             given), and any MAX terms. Terms along columns need as many columns as rows.
         positive: [N], the positives' logits, which may require grad.
@@ -56,8 +56,7 @@ def cross_entropy(
         The loss (0-d), and the value of each term, without gradient.
 
     Raises:
-        TypeError, ValueError: an argument doesn't fit; the message names it.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative is asked for. That the arguments fit is the caller's to check.
 
     Complexity: with P = N * M * D multiply-adds, value and gradients take 2 P with ``b=None``, 3 P for terms along rows
     only (2 P if only one of a and b requires grad), 4 P otherwise, and O(N + M) memory beyond a copy of a and b where
@@ -71,30 +70,39 @@ def cross_entropy(
     0.5514
     """
     plan = Plan(tuple(terms), symmetric=b is None)
-    check_operands(plan, a, b, scale, target, row0, col0)
     dtype = accumulation_dtype(a.dtype)
     a, b = autocast(a), None if b is None else autocast(b)
     scale = scalar_tensor(scale, dtype, a.device)
     recorded = torch.is_grad_enabled()
-    needs = (recorded and x is not None and x.requires_grad for x in (a, b, scale, positive))
-    loss, rows, columns, *_ = torch.ops.fastcl.cross_entropy(
-        a,
-        b,
-        scale,
-        None if target is None else target.to(torch.int64),
-        positive,
-        weights,
-        plan.encode(),
-        reduction == "mean",
-        normalize,
-        norm_bound,
-        row0,
-        col0,
-        *needs,
-        backend,
-    )
+    needs = Needs(*(recorded and x is not None and x.requires_grad for x in (a, b, scale, positive)))
+    options = _Options(plan.encode(), reduction == "mean", normalize, norm_bound, needs, backend)
+    target = None if target is None else target.to(torch.int64)
+    loss, rows, columns, *_ = torch.ops.fastcl.cross_entropy(a, b, scale, target, positive, weights, options.encode())
     values = {Axis.ROW: iter(rows.unbind()), Axis.COLUMN: iter(columns.unbind())}
     return loss, tuple(next(values[term.axis]) for term in plan.terms)
+
+
+class _Options(NamedTuple):
+    """All that is not a tensor, in one string: what torch spends on an operator call grows with its arguments."""
+
+    plan: str
+    mean: bool
+    normalize: bool
+    norm_bound: float | None
+    needs: Needs
+    backend: str | None
+
+    def encode(self) -> str:
+        flags = "".join("01"[flag] for flag in (self.mean, self.normalize, *self.needs))
+        return f"{flags}|{self.norm_bound!r}|{self.backend or ''}|{self.plan}"
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def decode(text: str) -> _Options:
+        flags, norm_bound, backend, plan = text.split("|")
+        mean, normalize, *needs = (flag == "1" for flag in flags)
+        bound = None if norm_bound == "None" else float(norm_bound)
+        return _Options(plan, mean, normalize, bound, Needs(*needs), backend or None)
 
 
 @torch.library.custom_op("fastcl::cross_entropy", mutates_args=())
@@ -105,43 +113,34 @@ def _cross_entropy(
     target: Tensor | None,
     positive: Tensor | None,
     weights: Tensor | None,
-    plan: str,
-    mean: bool,
-    normalize: bool,
-    norm_bound: float | None,
-    row0: int,
-    col0: int,
-    needs_a: bool,
-    needs_b: bool,
-    needs_scale: bool,
-    needs_positive: bool,
-    backend: str | None,
+    options: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = _Options.decode(options)
     found = engine.cross_entropy(
-        Plan.decode(plan),
-        Operands(a, b, scale, target, norm_bound, row0, col0),
-        CrossEntropy(positive, weights, mean, normalize),
-        Needs(needs_a, needs_b, needs_scale, needs_positive),
-        backend,
+        Plan.decode(call.plan),
+        Operands(a, b, scale, target, 1.0 if call.normalize else call.norm_bound),
+        CrossEntropy(positive, weights, call.mean, call.normalize),
+        call.needs,
+        call.backend,
     )
     gradients = (*found.gradients, found.positive)
     return found.loss, *found.statistics, *(scale.new_empty(0) if g is None else g for g in gradients)
 
 
 @_cross_entropy.register_fake
-def _(a, b, scale, target, positive, weights, plan, mean, normalize, norm_bound, row0, col0, *needs_and_backend):
-    decoded, dtype = Plan.decode(plan), accumulation_dtype(a.dtype)
+def _(a, b, scale, target, positive, weights, options):
+    call, dtype = _Options.decode(options), accumulation_dtype(a.dtype)
+    plan = Plan.decode(call.plan)
     n, m = a.shape[0], (a if b is None else b).shape[0]
 
     def gradient_of(x: Tensor | None, needed: bool) -> Tensor:
         return scale.new_empty(x.shape if needed else (0,), dtype=dtype)
 
-    needs = needs_and_backend[:4]
     return (
         scale.new_empty((), dtype=dtype),
-        scale.new_empty((len(decoded.rows), n), dtype=dtype),
-        scale.new_empty((len(decoded.columns), m), dtype=dtype),
-        *(gradient_of(x, needed) for x, needed in zip((a, b, scale, positive), needs, strict=True)),
+        scale.new_empty((len(plan.rows), n), dtype=dtype),
+        scale.new_empty((len(plan.columns), m), dtype=dtype),
+        *(gradient_of(x, needed) for x, needed in zip((a, b, scale, positive), call.needs, strict=True)),
     )
 
 
@@ -156,7 +155,7 @@ def _save_gradients(ctx, inputs, output) -> None:
 def _backward(ctx, grad_loss: Tensor | None, *_: None):
     operands, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
     needed = (ctx.needs_input_grad[i] for i in (0, 1, 2, 4))
-    results = [None] * 17
+    results = [None] * 7
     for at, x, gradient, need in zip((0, 1, 2, 4), operands, gradients, needed, strict=True):
         if need and grad_loss is not None:
             scaled = torch.ops.fastcl.first_derivative(gradient, x) if torch.is_grad_enabled() else gradient

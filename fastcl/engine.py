@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -21,7 +22,8 @@ logger = logging.getLogger("fastcl")
 BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "tiled": tiled, "dense": dense}
 """Every backend by name, fastest first."""
 
-_AUTOMATIC = ("cuda", "triton", "cpu", "tiled")
+_AUTOMATIC = {"cpu": ("cpu", "tiled")}
+_AUTOMATIC_ELSEWHERE = ("cuda", "triton", "tiled")
 _ENGINE_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 
 
@@ -46,7 +48,8 @@ def select(plan: Plan, operands: Operands, name: str | None = None) -> str:
     """
     insisted = name or os.environ.get("FASTCL_BACKEND")
     if not insisted:
-        chosen = next(n for n in _AUTOMATIC if BACKENDS[n].supports(plan, operands) is None)
+        candidates = _AUTOMATIC.get(operands.a.device.type, _AUTOMATIC_ELSEWHERE)
+        chosen = next(n for n in candidates if BACKENDS[n].supports(plan, operands) is None)
         _warn_if_slow(chosen, operands.a.device.type)
     else:
         if insisted not in BACKENDS:
@@ -55,7 +58,8 @@ def select(plan: Plan, operands: Operands, name: str | None = None) -> str:
         if reason is not None:
             raise ValueError(f"backend {insisted!r} can't compute this call: {reason}")
         chosen = insisted
-    _log_choice(chosen, operands.a.device.type, str(operands.a.dtype), plan.encode())
+    if logger.isEnabledFor(logging.INFO):
+        _log_choice(chosen, operands.a.device.type, str(operands.a.dtype), plan.encode())
     return chosen
 
 
@@ -99,9 +103,10 @@ def cross_entropy(
         return BACKENDS[select(plan, operands, backend)].cross_entropy(plan, operands, head, needs)
 
 
-def _plain_arithmetic(operands: Operands) -> torch.autocast:
+def _plain_arithmetic(operands: Operands) -> AbstractContextManager:
     # An operator's implementation runs inside the caller's autocast region, which would lower its float32 products.
-    return torch.autocast(operands.a.device.type, enabled=False)
+    device = operands.a.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 @functools.cache

@@ -216,7 +216,13 @@ _gradient.register_autograd(refuse_double_backward)
 
 
 def check_operands(
-    plan: Plan, a: Tensor, b: Tensor | None, scale: float | Tensor, target: Tensor | None, row0: int, col0: int
+    plan: Plan,
+    a: Tensor,
+    b: Tensor | None,
+    scale: float | Tensor,
+    target: Tensor | None,
+    row0: int = 0,
+    col0: int = 0,
 ) -> None:
     """Raise unless the plan's operands fit it and each other."""
     if b is None:

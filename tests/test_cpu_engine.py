@@ -161,7 +161,7 @@ def test_border_of_the_fixed_shift(offset):
     """Rows whose log-sum-exp lies just below and above the threshold of the shift rule."""
     n, m, depth, scale = 24, 400, 8, 100.0
     probe = Operands(torch.zeros(n, depth), torch.zeros(m, depth), torch.tensor(scale), None, 1.0)
-    border = float(fixed_shift(probe)) + flag_threshold(probe) + offset
+    border = float(fixed_shift(probe, probe.scale)) + flag_threshold(probe) + offset
     cosine = (border - math.log(m)) / scale
     assert -1 < cosine < 0
     a = torch.zeros(n, depth)

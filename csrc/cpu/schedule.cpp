@@ -15,14 +15,22 @@ constexpr int64_t kMaxBlocks = 48;
 
 int64_t ceil_divide(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
 
+// Whether a sweep takes less time than it takes to wake other threads.
+bool is_small(int64_t rows, int64_t columns, int64_t depth) {
+  constexpr int64_t kSmall = int64_t{1} << 21;
+  return rows * columns < kSmall / std::max<int64_t>(1, depth);
+}
+
 BlockRange one_block(int64_t block) { return {block, block + 1, 1}; }
 
 }  // namespace
 
 int64_t tile_size(int64_t rows, int64_t columns, int64_t depth) {
-  // A large tile is read less often from beyond the second-level cache. A small problem still needs several of them.
+  // A large tile is read less often from beyond the second-level cache. A problem for several threads still needs
+  // several of them.
   const int64_t largest = depth <= 1024 ? kMaxTile : kMaxTile / 2;
-  const int64_t wanted = ceil_divide(std::max(rows, columns), 8 * kTileUnit) * kTileUnit;
+  const int64_t tiles = is_small(rows, columns, depth) ? 1 : 8;
+  const int64_t wanted = ceil_divide(std::max(rows, columns), tiles * kTileUnit) * kTileUnit;
   return std::min(largest, wanted);
 }
 
@@ -39,9 +47,8 @@ int64_t panel_rows(int64_t rows, int64_t columns, int64_t tile, bool kept) {
 }
 
 Workers worth(const Workers& workers, const Sweep& sweep) {
-  constexpr int64_t kSmall = int64_t{1} << 21;
   Workers result = workers;
-  if (sweep.x_count * sweep.y.rows < kSmall / std::max<int64_t>(1, sweep.x.depth)) result.threads = 1;
+  if (is_small(sweep.x_count, sweep.y.rows, sweep.x.depth)) result.threads = 1;
   return result;
 }
 

@@ -7,7 +7,6 @@ use. Everything here is the translation of a call into the operators of ``fastcl
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -88,8 +87,6 @@ def gradient(
 
 def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
     _extension()
-    if head.normalize:
-        operands = replace(operands, norm_bound=1.0)
     loss, rows, columns, a, b, scale, positive = torch.ops.fastcl_cpu.cross_entropy(
         *_arguments(plan, operands),
         _vector(head.positive),
@@ -112,11 +109,12 @@ def _vector(x: Tensor | None) -> Tensor | None:
 
 def _arguments(plan: Plan, operands: Operands) -> tuple:
     target = operands.target if plan.uses_target else None
+    scale = operands.scale.item()
     return (
         operands.a.detach(),
         None if operands.b is None else operands.b.detach(),
-        operands.scale.item(),
-        fixed_shift(operands).item(),
+        scale,
+        float(fixed_shift(operands, scale)),
         flag_threshold(operands),
         None if target is None else target.to(torch.int64).contiguous(),
         operands.row0,

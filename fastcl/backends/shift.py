@@ -21,11 +21,13 @@ _ROUNDING = 1.0 + 2.0**-7
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
-def fixed_shift(operands: Operands) -> Tensor:
-    """c as a 0-d float32 tensor on the operands' device, computed without a synchronisation."""
+def fixed_shift(operands: Operands, scale: float | Tensor) -> float | Tensor:
+    """c for the operands' scale, which is a number where reading it costs nothing, else a 0-d float32 tensor.
+
+    For a tensor c stays on its device, and nothing waits for it; so it does where the norms have to be looked at.
+    """
     n, m = operands.shape
-    bound = operands.scale.detach().float().abs() * _norm_bound(operands)
-    return bound * _ROUNDING - (_HEADROOM - math.log(max(n, m)))
+    return abs(scale) * norm_bound(operands) * _ROUNDING - (_HEADROOM - math.log(max(n, m)))
 
 
 def flag_threshold(operands: Operands) -> float:
@@ -34,7 +36,8 @@ def flag_threshold(operands: Operands) -> float:
     return math.log(1e6 * max(n, m) * _SMALLEST_NORMAL)
 
 
-def _norm_bound(operands: Operands) -> Tensor | float:
+def norm_bound(operands: Operands) -> Tensor | float:
+    """An upper bound of |a[i]| * |b[j]|."""
     if operands.norm_bound is not None:
         return operands.norm_bound
     largest_a = _largest_norm(operands.a)

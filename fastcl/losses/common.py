@@ -62,9 +62,9 @@ def softmax_loss(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """-log softmax of each row's positive, averaged over the LSE terms, and the values of all terms.
 
-    The LSE terms admit negatives only: softplus(L - positive) keeps its precision when the positive dominates, where the
-    difference of a log-sum-exp over everything and the positive cancels. Rows without negatives (L = -inf) have loss 0
-    and gradient 0, and so have rows where ``has_positive`` is false. The positive is the SUM term unless it is given.
+    The LSE terms admit negatives only: softplus(L - positive) keeps its precision when the positive dominates, where
+    the difference of a log-sum-exp over everything and the positive cancels. Rows without negatives (L = -inf) have
+    loss 0 and gradient 0, and so have rows where ``has_positive`` is false. The positive is the SUM term unless given.
 
     A mean or a sum is one operator call for value and gradient; the losses of the single rows, whose weights only
     backward knows, take one for each.

@@ -75,7 +75,7 @@ def nt_xent(
         scale,
         reduction=reduction,
         normalize=normalize,
-        target=torch.arange(2 * batch, device=z1.device).roll(batch),
+        target=torch.arange(batch, 3 * batch, device=z1.device) % (2 * batch),
         backend=backend,
     )
     return (loss, summarize(positive, hardest, None, scale)) if return_stats else loss

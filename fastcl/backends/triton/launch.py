@@ -40,7 +40,7 @@ def inputs(operands: Operands) -> Inputs:
         a=a,
         b=a if operands.b is None else _unit_stride(operands.b),
         scale=operands.scale,
-        shift=fixed_shift(operands),
+        shift=fixed_shift(operands, operands.scale.detach().float()),
         target=None if operands.target is None else _local_columns(operands.target - operands.col0, m),
         # beyond [-n, m] no pair of this S is a self pair, and so it stays when clamped
         self_offset=max(-n, min(operands.row0 - operands.col0, m)),
