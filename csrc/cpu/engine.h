@@ -61,4 +61,8 @@ void gradient(const Problem& problem, const Workers& workers, Vectors<const floa
 std::vector<std::string> available_levels();
 std::string selected_level();
 
+// Floating-point operations a second that the calling thread reaches in the multiply-adds of that level which serve
+// operands of `dtype`, with nothing to load or store. Takes some 30 ms.
+double peak_flops(Dtype dtype);
+
 }  // namespace fastcl::cpu

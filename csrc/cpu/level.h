@@ -112,6 +112,8 @@ struct Level {
   // The log-sum-exp of the dense pairs of the rows in x_index, with a running maximum in place of the shift.
   void (*running)(const Sweep&, const Task&, double* values, void* workspace);
   void (*gradient)(const Sweep&, const AxisGradient& rows, const AxisGradient& columns, const Task&, void* workspace);
+  // `rounds` rounds of nothing but multiply-adds; returns their floating-point operations.
+  int64_t (*multiply_adds)(Dtype, int64_t rounds);
 };
 
 const Level& selected();
