@@ -184,7 +184,7 @@ def gemm_rate(dtype: torch.dtype, device: torch.device | str = "cpu", *, budget_
     return GemmRate(2 * size**3 / (fastest / 1e3), dtype_name(dtype), gemm_library(dtype, device), size)
 
 
-def rate_of_threads(rate: Callable[[], float], threads: int, *, repeats: int = 10) -> float:
+def rate_of_threads(rate: Callable[[], float], threads: int, *, repeats: int = 30) -> float:
     """The sum of what ``rate`` returns on each of ``threads`` threads that call it at once, from the best repeat."""
     together = threading.Barrier(threads)
 

@@ -33,6 +33,7 @@ inline int64_t multiply_adds(int64_t rounds) {
       sums[s] = Dot::multiply_add(x, y, sums[s]);
     }
   }
+#pragma GCC unroll 24
   for (int s = 0; s < kSums; ++s) touch(sums[s]);
   return rounds * kSums * kLanes * Dot::kPairs * 2;
 }
