@@ -99,7 +99,9 @@ def describe_machine(runner: Runner, device: str, cases: list[Case]) -> Machine:
         _progress(f"torch.mm in {dtype}")
         rate = runner.ask_judge("gemm", dtype=dtype)
         rates[dtype] = GemmRate(rate["flops"], dtype, rate["library"], rate["size"])
-        for threads in sorted({about["threads"], *runner.own_threads.values()}) if about["level"] else ():
+        # The engine takes no float64.
+        has_peak = about["level"] and dtype != "float64"
+        for threads in sorted({about["threads"], *runner.own_threads.values()}) if has_peak else ():
             peaks[dtype, threads] = runner.ask_judge("peak", dtype=dtype, threads=threads)["flops"]
     return Machine(
         about["device"], device, about["torch"], git_commit(), about["threads"], about["level"], rates, peaks
