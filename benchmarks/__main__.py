@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks import plots, status
-from benchmarks.cases import Case, suite
+from benchmarks import peak_table, plots, status
+from benchmarks.cases import SUITES, Case, suite
 from benchmarks.environment import device_slug, git_commit
 from benchmarks.measure import GemmRate
 from benchmarks.providers import Provider, providers
-from benchmarks.report import Machine, Row, format_case, make_rows, write_csv
+from benchmarks.report import Machine, Row, format_case, make_rows, read_csv, write_csv
 from benchmarks.runner import Limits, Runner
 
 ROOT = Path(__file__).resolve().parent
+_SUITE_HELP = "comma-separated, default usual. " + "; ".join(f"{name}: {what}" for name, what in SUITES.items())
 QUICK = Limits(rounds=3, budget_s=0.2, call_s=5.0, request_s=60.0, total_s=90.0)
 
 
@@ -30,12 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--suite", type=_suites, default=("usual",), help=_SUITE_HELP)
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, within two minutes")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for the CSV file and the plots")
     parser.add_argument("--keep", action="store_true", help="write to benchmarks/results/<device> instead of --out")
     parser.add_argument("--cases", help="comma-separated parts of case names, for example nt_xent-512x")
     parser.add_argument("--providers", help="comma-separated parts of provider names, for example fastcl,dense")
     parser.add_argument("--threads", type=int, default=0, help="threads of each process (default: torch's own choice)")
+    parser.add_argument(
+        "--one-thread", action="store_true", help="the CPU engine on one thread as well, to see how it scales"
+    )
     parser.add_argument("--dtype", help="comma-separated dtypes (default: the suite's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--limit", type=float, help="seconds after which remaining cases are left out")
@@ -45,8 +51,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> int:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cases = _chosen(suite(device, quick=options.quick, dtypes=_parts(options.dtype)), options.cases)
-    competitors = _chosen(providers(device), options.providers)
+    offered = [suite(device, name, quick=options.quick, dtypes=_parts(options.dtype)) for name in options.suite]
+    cases = _chosen(list(dict.fromkeys(itertools.chain(*offered))), options.cases)
+    competitors = _chosen(providers(device, one_thread=options.one_thread), options.providers)
     if options.list:
         print(*[case.name for case in cases], "", *[provider.name for provider in competitors], sep="\n")
         return 0
@@ -64,6 +71,8 @@ def measure(options: argparse.Namespace) -> int:
         _say(f"{machine.device}, torch {machine.torch}")
         for rate in machine.rates.values():
             _say(f"torch.mm: {rate}")
+        for (dtype, threads), peak in machine.peaks.items():
+            _say(f"multiply-adds at {machine.level}: {peak / 1e9:,.0f} GFLOP/s, {dtype}, threads: {threads}")
         folder = ROOT / "results" / device_slug(machine.device) if options.keep else options.out
         for number, case in enumerate(cases):
             results = runner.run(case, len(cases) - number)
@@ -75,20 +84,36 @@ def measure(options: argparse.Namespace) -> int:
             # After each case, so that an interrupted run has what it measured.
             write_csv(rows, folder / "results.csv")
     _say(f"\n{len(rows)} rows in {time.monotonic() - start:.0f} s: {folder / 'results.csv'}")
+    if table := peak_table.table(read_csv(folder / "results.csv") if rows else []):
+        _say(f"\n{table}\n")
     for line in plots.draw(rows, folder):
         _say(line)
     return 1 if any(row.status == "gate red" and row.provider.startswith("fastcl") for row in rows) else 0
 
 
 def describe_machine(runner: Runner, device: str, cases: list[Case]) -> Machine:
-    """The device, and its GEMM rate in each dtype that will be used."""
+    """The device, its GEMM rate in each dtype that will be used, and the arithmetic peak where the CPU engine runs."""
     about = runner.ask_judge("describe")
-    rates = {}
+    rates, peaks = {}, {}
     for dtype in dict.fromkeys(case.dtype for case in cases):
         _progress(f"torch.mm in {dtype}")
         rate = runner.ask_judge("gemm", dtype=dtype)
         rates[dtype] = GemmRate(rate["flops"], dtype, rate["library"], rate["size"])
-    return Machine(about["device"], device, about["torch"], git_commit(), rates)
+        # The engine takes no float64.
+        has_peak = about["level"] and dtype != "float64"
+        for threads in sorted({about["threads"], *runner.own_threads.values()}) if has_peak else ():
+            peaks[dtype, threads] = runner.ask_judge("peak", dtype=dtype, threads=threads)["flops"]
+    return Machine(
+        about["device"], device, about["torch"], git_commit(), about["threads"], about["level"], rates, peaks
+    )
+
+
+def _suites(text: str) -> tuple[str, ...]:
+    names = _parts(text)
+    for name in names:
+        if name not in SUITES:
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(SUITES)}")
+    return names
 
 
 def _chosen(items: list[Case] | list[Provider], wanted: str | None) -> list:

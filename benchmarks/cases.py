@@ -18,13 +18,18 @@ TINY = 64
 """pairs at which even the peer whose memory is cubic takes part"""
 
 
+SUITES = {
+    "usual": "every loss at the sizes people train with",
+    "peak": "every loss from 4,096 to 32,768 rows and dim 128 to 1024, to see the share of the arithmetic peak",
+    "small": "NT-Xent of 64 to 512 pairs, where overheads decide",
+}
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one loss costs, whoever computes it."""
 
-    floor_passes: float
-    """the fewest sweeps of N * M * D multiply-adds known to give value and gradients (docs: how it works)"""
-    dense_copies: int
+    dense_copies: int = 4
     """N x M matrices that the eager dense formula holds at its peak, measured"""
     rows_per_pair: int = 1
     learns_scale: bool = False
@@ -32,11 +37,10 @@ class Cost:
 
 
 COSTS = {
-    "nt_xent": Cost(floor_passes=2, dense_copies=3, rows_per_pair=2),
-    "info_nce": Cost(floor_passes=3, dense_copies=3),
-    "clip": Cost(floor_passes=4, dense_copies=4, learns_scale=True),
+    "nt_xent": Cost(dense_copies=3, rows_per_pair=2),
+    "info_nce": Cost(dense_copies=3),
+    "clip": Cost(learns_scale=True),
 }
-"""A loss that isn't here is held against its own plan's passes."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Case:
 
     @property
     def cost(self) -> Cost:
-        return COSTS.get(self.loss) or Cost(floor_passes=sum(self.table_row.passes), dense_copies=4)
+        return COSTS.get(self.loss, Cost())
 
     @property
     def table_row(self) -> Loss:
@@ -70,9 +74,14 @@ class Case:
         return self.pairs * self.cost.rows_per_pair
 
     @property
+    def floor_passes(self) -> float:
+        """Sweeps of N * M * D multiply-adds that the loss's plan takes for value and gradients."""
+        return self.table_row.passes
+
+    @property
     def floor_flops(self) -> float:
         """Floating-point operations of the floor: two for each multiply-add of each pass."""
-        return self.cost.floor_passes * 2 * self.rows**2 * self.dim
+        return self.floor_passes * 2 * self.rows**2 * self.dim
 
     def dense_bytes(self, copies: int | None = None, dtype: torch.dtype | None = None) -> int:
         """What a dense computation needs beyond inputs and gradients."""
@@ -99,8 +108,19 @@ class Case:
         return asdict(self)
 
 
-def suite(device: str, *, quick: bool, dtypes: tuple[str, ...] | None = None) -> list[Case]:
-    """The cases for a device, the most telling first, so that a run that is cut short has them."""
+def suite(device: str, name: str = "usual", *, quick: bool, dtypes: tuple[str, ...] | None = None) -> list[Case]:
+    """The cases of one of ``SUITES`` for a device, the most telling first, so that a run that is cut short has them."""
+    match name:
+        case "usual":
+            return _usual(device, quick, dtypes)
+        case "peak":
+            return _peak(quick, dtypes)
+        case "small":
+            return _small(dtypes)
+    raise ValueError(f"name is {name!r}, expected one of {', '.join(SUITES)}")
+
+
+def _usual(device: str, quick: bool, dtypes: tuple[str, ...] | None) -> list[Case]:
     gpu = device == "cuda"
     if quick:
         dtypes = dtypes or (("bfloat16", "float32") if gpu else ("float32",))
@@ -113,6 +133,22 @@ def suite(device: str, *, quick: bool, dtypes: tuple[str, ...] | None = None) ->
     ladder = (TINY, 512, 2048, 8192, 32768) + ((131072,) if gpu else ())
     losses = ("nt_xent", *_others())
     return [Case(loss, pairs, dim, dtype) for dtype in dtypes for dim in dims for loss in losses for pairs in ladder]
+
+
+def _peak(quick: bool, dtypes: tuple[str, ...] | None) -> list[Case]:
+    dims, rows = ((128, 512), (4096,)) if quick else ((128, 256, 512, 1024), (4096, 8192, 16384, 32768))
+    return [
+        Case(loss, n // Case(loss, 1, dim).rows, dim, dtype)
+        for dtype in dtypes or ("float32", "bfloat16")
+        for n in rows
+        for dim in dims
+        for loss in ("nt_xent", *_others())
+    ]
+
+
+def _small(dtypes: tuple[str, ...] | None) -> list[Case]:
+    dims, sizes = (64, 128), (64, 128, 256, 512)
+    return [Case("nt_xent", pairs, dim, dtype) for dtype in dtypes or ("float32",) for dim in dims for pairs in sizes]
 
 
 def _others() -> list[str]:

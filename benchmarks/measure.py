@@ -13,6 +13,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +182,18 @@ def gemm_rate(dtype: torch.dtype, device: torch.device | str = "cpu", *, budget_
             break
     fastest = min(fastest, *sample_times(lambda: torch.mm(a, b), device, budget_s=budget_s, warmup=0))
     return GemmRate(2 * size**3 / (fastest / 1e3), dtype_name(dtype), gemm_library(dtype, device), size)
+
+
+def rate_of_threads(rate: Callable[[], float], threads: int, *, repeats: int = 30) -> float:
+    """The sum of what ``rate`` returns on each of ``threads`` threads that call it at once, from the best repeat."""
+    together = threading.Barrier(threads)
+
+    def one(_: int) -> float:
+        together.wait()
+        return rate()
+
+    with ThreadPoolExecutor(threads) as pool:
+        return max(sum(pool.map(one, range(threads))) for _ in range(repeats))
 
 
 def gemm_library(dtype: torch.dtype, device: torch.device | str = "cpu") -> str:

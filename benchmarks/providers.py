@@ -6,7 +6,7 @@ A :class:`Provider` is the name of a way to compute; its function is built in th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,8 @@ from benchmarks.peers import PEERS, Adapter, Peer
 from tests.cases import available_backends
 
 FASTCL = "fastcl"
+CPU_ENGINE = f"{FASTCL} cpu"
+CPU_ENGINE_ON_ONE_THREAD = f"{CPU_ENGINE} on 1 thread"
 _LARGEST_DENSE_BACKEND = 1 << 22
 _SLOW_BACKENDS = ("tiled", "dense")
 
@@ -36,6 +38,12 @@ class Provider:
     """why the case is not tried though it would fit, or None"""
     compiles: bool = False
     learns_scale: bool = True
+    threads: int | None = None
+    """how many threads it is given, or None for as many as everybody"""
+
+    @property
+    def is_cpu_engine(self) -> bool:
+        return self.name in (CPU_ENGINE, CPU_ENGINE_ON_ONE_THREAD)
 
     @property
     def is_peer(self) -> bool:
@@ -43,15 +51,17 @@ class Provider:
         return not self.name.startswith(FASTCL)
 
 
-def providers(device: str) -> list[Provider]:
+def providers(device: str, *, one_thread: bool = False) -> list[Provider]:
     """All that could run on ``device``; whether a peer's library can be imported shows in its worker.
 
-    The most telling come first, so that a run that is cut short has them.
+    With ``one_thread`` the CPU engine competes a second time, on one thread. The most telling come first, so that a run
+    that is cut short has them.
     """
     ours = available_backends(device)
     peers = [_peer(peer) for peer in PEERS if device in peer.devices]
     return [
         *(_fastcl(name) for name in ours if name not in _SLOW_BACKENDS),
+        *([replace(_fastcl("cpu"), name=CPU_ENGINE_ON_ONE_THREAD, threads=1)] if one_thread and "cpu" in ours else []),
         _dense(),
         # On a CPU the strongest peer; on a GPU the one that is longest in starting.
         *([_compiled(), *peers] if device == "cpu" else [*peers, _compiled()]),
@@ -65,7 +75,7 @@ def find(name: str, device: str) -> Provider:
     Raises:
         KeyError: there is none on this device.
     """
-    for provider in providers(device):
+    for provider in providers(device, one_thread=True):
         if provider.name == name:
             return provider
     raise KeyError(f"no provider {name!r} on {device}")
@@ -74,7 +84,7 @@ def find(name: str, device: str) -> Provider:
 def _fastcl(backend: str) -> Provider:
     def build(case: Case) -> Adapter:
         call = case.table_row.call
-        return lambda features, tau: call(features, tau, backend=backend).mean()
+        return lambda features, tau: call(features, tau, reduction="mean", backend=backend)
 
     def too_large(case: Case) -> str | None:
         if backend == "dense" and case.rows**2 > _LARGEST_DENSE_BACKEND:

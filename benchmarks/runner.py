@@ -187,6 +187,7 @@ class Runner:
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.device, self.providers, self.limits, self.threads = device, list(providers), limits, threads
+        self.own_threads = {p.name: p.threads for p in self.providers if p.threads is not None}
         self.progress = progress
         self.deadline = None if limits.total_s is None else time.monotonic() + limits.total_s
         self.workers: dict[str, WorkerProcess] = {}
@@ -347,7 +348,7 @@ class Runner:
     def _worker(self, name: str) -> WorkerProcess:
         worker = self.workers.get(name)
         if worker is None or not worker.alive:
-            worker = self.workers[name] = WorkerProcess(name, self.device, self.threads)
+            worker = self.workers[name] = WorkerProcess(name, self.device, self.own_threads.get(name, self.threads))
         return worker
 
     def _patience(self) -> float:

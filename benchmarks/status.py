@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import peak_table
 from benchmarks.environment import device_slug
-from benchmarks.report import read_csv
+from benchmarks.report import markdown_row, read_csv
 from fastcl.engine import BACKENDS
 
 ROOT = Path(__file__).resolve().parent
@@ -73,7 +74,7 @@ def status_table(results: Sequence[ResultRow], compiled: Sequence[dict]) -> str:
     for entry in compiled:
         kinds.setdefault(entry["device"], entry["kind"])
     checked = {(entry["device"], backend) for entry in compiled for backend in entry["backends"]}
-    lines = [_line("device", *(f"`{name}`" for name in BACKENDS)), _line(*["---"] * (len(BACKENDS) + 1))]
+    lines = [markdown_row("device", *(f"`{name}`" for name in BACKENDS)), markdown_row(*["---"] * (len(BACKENDS) + 1))]
     for device, kind in kinds.items():
         cells = []
         for backend in BACKENDS:
@@ -83,7 +84,7 @@ def status_table(results: Sequence[ResultRow], compiled: Sequence[dict]) -> str:
                 cells.append(MEASURED)
             else:
                 cells.append(COMPILED if (device, backend) in checked else NOT_YET)
-        lines.append(_line(device, *cells))
+        lines.append(markdown_row(device, *cells))
     return "\n".join(lines)
 
 
@@ -96,22 +97,34 @@ def measured_table(results: Sequence[ResultRow]) -> str:
         own = [row for row in results if row["device"] == device]
         first = own[0]
         rates = dict.fromkeys(f"{r['dtype']} {float(r['gemm_gflops']):,.0f} GFLOP/s ({r['gemm_library']})" for r in own)
+        columns = [
+            "loss",
+            "pairs x dim",
+            "fastcl",
+            "best peer",
+            "faster",
+            "eager",
+            "`torch.compile`",
+            "peak MB",
+            "eager's",
+        ]
+        caption = peak_table.caption(own)
+        if caption:
+            columns.insert(3, "of peak")
         link = f"[all numbers](benchmarks/results/{device_slug(device)})"
         parts += [
             f"**{device}**, torch {first['torch']}, commit {first['commit']}, {first['date']}; {link}. "
-            f"`torch.mm`: {', '.join(rates)}.",
+            f"`torch.mm`: {', '.join(rates)}. {caption}".rstrip(),
             "",
-            _line(
-                "loss", "pairs x dim", "fastcl", "best peer", "faster", "eager", "`torch.compile`", "peak MB", "eager's"
-            ),
-            _line("---", "--:", "--:", "--:", "--:", "--:", "--:", "--:", "--:"),
-            *_measured_lines(own),
+            markdown_row(*columns),
+            markdown_row("---", *["--:"] * (len(columns) - 1)),
+            *_measured_lines(own, of_peak=bool(caption)),
             "",
         ]
     return "\n".join(parts).rstrip()
 
 
-def _measured_lines(rows: Sequence[ResultRow]) -> list[str]:
+def _measured_lines(rows: Sequence[ResultRow], *, of_peak: bool) -> list[str]:
     groups: dict[tuple[str, str, str], dict[int, list[ResultRow]]] = {}
     for row in rows:
         sizes = groups.setdefault((row["loss"], row["dim"], row["dtype"]), {})
@@ -121,19 +134,20 @@ def _measured_lines(rows: Sequence[ResultRow]) -> list[str]:
         ours = [n for n in sizes if any(map(_is_timed_fastcl, sizes[n]))]
         contested = [n for n in ours if any(row["speedup"] for row in sizes[n])]
         for pairs in sorted({max(chosen) for chosen in (contested, ours) if chosen}):
-            lines.append(_measured_line(f"`{loss}` {dtype}", f"{pairs:,} x {dim}", sizes[pairs]))
+            lines.append(_measured_line(f"`{loss}` {dtype}", f"{pairs:,} x {dim}", sizes[pairs], of_peak=of_peak))
     return lines
 
 
-def _measured_line(loss: str, size: str, rows: Sequence[ResultRow]) -> str:
+def _measured_line(loss: str, size: str, rows: Sequence[ResultRow], *, of_peak: bool) -> str:
     ours = min(filter(_is_timed_fastcl, rows), key=lambda row: float(row["median_ms"]))
     by_name = {row["provider"]: row for row in rows}
     best = by_name.get(ours["best_peer"])
     eager = by_name.get("dense eager", {})
-    return _line(
+    return markdown_row(
         loss,
         size,
         f"{_time(ours)} (`{ours['provider'].removeprefix('fastcl ')}`)",
+        *([peak_table.percent(ours) or ELSEWHERE] if of_peak else []),
         f"{_time(best)} ({best['provider']})" if best else ELSEWHERE,
         f"{float(ours['speedup']):.1f}x" if ours["speedup"] else ELSEWHERE,
         _time(eager),
@@ -145,7 +159,7 @@ def _measured_line(loss: str, size: str, rows: Sequence[ResultRow]) -> str:
 
 
 def _is_timed_fastcl(row: ResultRow) -> bool:
-    return row["provider"].startswith("fastcl ") and row["status"] == "ok"
+    return row["provider"].removeprefix("fastcl ") in BACKENDS and row["status"] == "ok"
 
 
 def _time(row: ResultRow | None) -> str:
@@ -157,10 +171,6 @@ def _time(row: ResultRow | None) -> str:
 
 def _size(megabytes: str | None) -> str:
     return f"{float(megabytes):,.0f}" if megabytes else ""
-
-
-def _line(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _between(text: str, name: str, content: str) -> str:

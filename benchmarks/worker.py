@@ -26,10 +26,12 @@ from benchmarks.measure import (
     gemm_rate,
     gradient_step,
     peak_memory,
+    rate_of_threads,
     relative_errors,
     sample_times,
 )
 from benchmarks.providers import find
+from fastcl.backends import cpu
 
 JUDGE = "judge"
 """the worker that measures nobody: it computes references in float64 and describes the machine"""
@@ -45,7 +47,12 @@ class Worker:
         self.step: Callable[[], ValueAndGradients] | None = None
 
     def describe(self) -> dict[str, Any]:
-        return {"device": describe_device(self.device), "torch": torch.__version__, "cuda": torch.version.cuda}
+        device, level = describe_device(self.device), ""
+        if self.device == "cpu" and cpu.unavailable() is None:
+            level = cpu.level()
+            if level != cpu.levels()[-1]:
+                device += f", engine at {level}"
+        return {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads(), "level": level}
 
     def ready(self, case: dict[str, Any] | None = None) -> dict[str, Any]:
         """Imports what the provider needs, so that no measurement waits for it or shares the machine with it."""
@@ -56,6 +63,10 @@ class Worker:
     def gemm(self, dtype: str) -> dict[str, Any]:
         rate = gemm_rate(getattr(torch, dtype), self.device)
         return {"flops": rate.flops, "library": rate.library, "size": rate.size}
+
+    def peak(self, dtype: str, threads: int) -> dict[str, Any]:
+        """The arithmetic peak of the CPU engine's level."""
+        return {"flops": rate_of_threads(lambda: cpu.peak_flops(getattr(torch, dtype)), threads)}
 
     def available(self) -> dict[str, Any]:
         return {"bytes": available_bytes(self.device)}

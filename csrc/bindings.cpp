@@ -245,9 +245,36 @@ PyObject* levels(PyObject*, PyObject*) {
   return list;
 }
 
+struct ReleasedLock {
+  PyThreadState* state = PyEval_SaveThread();
+  ~ReleasedLock() { PyEval_RestoreThread(state); }
+};
+
+PyObject* peak_flops(PyObject*, PyObject* arguments) {
+  const char* name;
+  if (!PyArg_ParseTuple(arguments, "s", &name)) return nullptr;
+  constexpr std::pair<const char*, cpu::Dtype> dtypes[] = {
+      {"float32", cpu::Dtype::kFloat32}, {"bfloat16", cpu::Dtype::kBFloat16}, {"float16", cpu::Dtype::kFloat16}};
+  for (const auto& [known, dtype] : dtypes) {
+    if (std::string(name) != known) continue;
+    try {
+      const double flops = [dtype = dtype] {
+        const ReleasedLock others_run;
+        return cpu::peak_flops(dtype);
+      }();
+      return PyFloat_FromDouble(flops);
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_ValueError, error.what());
+      return nullptr;
+    }
+  }
+  return PyErr_Format(PyExc_ValueError, "dtype is %s, expected float32, bfloat16 or float16", name);
+}
+
 PyMethodDef methods[] = {
     {"level", level, METH_NOARGS, "The instruction-set level in use."},
     {"levels", levels, METH_NOARGS, "The instruction-set levels this machine supports, best last."},
+    {"peak_flops", peak_flops, METH_VARARGS, "FLOP/s of this thread in multiply-adds for operands of a dtype."},
     {nullptr, nullptr, 0, nullptr},
 };
 

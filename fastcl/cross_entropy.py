@@ -75,14 +75,14 @@ def cross_entropy(
     scale = scalar_tensor(scale, dtype, a.device)
     recorded = torch.is_grad_enabled()
     needs = Needs(*(recorded and x is not None and x.requires_grad for x in (a, b, scale, positive)))
-    options = _Options(plan.encode(), reduction == "mean", normalize, norm_bound, needs, backend)
+    options = Options(plan.encode(), reduction == "mean", normalize, norm_bound, needs, backend)
     target = None if target is None else target.to(torch.int64)
     loss, rows, columns, *_ = torch.ops.fastcl.cross_entropy(a, b, scale, target, positive, weights, options.encode())
     values = {Axis.ROW: iter(rows.unbind()), Axis.COLUMN: iter(columns.unbind())}
     return loss, tuple(next(values[term.axis]) for term in plan.terms)
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """All that is not a tensor, in one string: what torch spends on an operator call grows with its arguments."""
 
     plan: str
@@ -98,11 +98,11 @@ class _Options(NamedTuple):
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
-    def decode(text: str) -> _Options:
+    def decode(text: str) -> Options:
         flags, norm_bound, backend, plan = text.split("|")
         mean, normalize, *needs = (flag == "1" for flag in flags)
         bound = None if norm_bound == "None" else float(norm_bound)
-        return _Options(plan, mean, normalize, bound, Needs(*needs), backend or None)
+        return Options(plan, mean, normalize, bound, Needs(*needs), backend or None)
 
 
 @torch.library.custom_op("fastcl::cross_entropy", mutates_args=())
@@ -115,7 +115,7 @@ def _cross_entropy(
     weights: Tensor | None,
     options: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = _Options.decode(options)
+    call = Options.decode(options)
     found = engine.cross_entropy(
         Plan.decode(call.plan),
         Operands(a, b, scale, target, 1.0 if call.normalize else call.norm_bound),
@@ -129,7 +129,7 @@ def _cross_entropy(
 
 @_cross_entropy.register_fake
 def _(a, b, scale, target, positive, weights, options):
-    call, dtype = _Options.decode(options), accumulation_dtype(a.dtype)
+    call, dtype = Options.decode(options), accumulation_dtype(a.dtype)
     plan = Plan.decode(call.plan)
     n, m = a.shape[0], (a if b is None else b).shape[0]
 

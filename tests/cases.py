@@ -21,14 +21,21 @@ from fastcl.losses.nt_xent import reference as nt_xent_reference
 
 @dataclass(frozen=True)
 class Loss:
-    """One way to call a loss: ``call(features, tau, backend=...)`` and ``reference`` give one number for each row."""
+    """One way to call a loss: ``call(features, tau, backend=...)`` and ``reference`` give one number for each row.
+
+    ``call`` takes the loss's own options too; with ``reduction="mean"`` it gives their mean.
+    """
 
     name: str
     call: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     features: tuple[str, ...]
-    passes: tuple[float, float]
-    """sweeps of N * M * D multiply-adds that the plan's forward and backward take"""
+    passes: float
+    """sweeps of N * M * D multiply-adds that the mean takes, value and gradients"""
+    passes_of_rows: tuple[float, float]
+    """the same for the losses of the single rows, forward and backward"""
+    frozen_passes: float
+    """the same as ``passes`` where only the first of the features requires grad"""
 
 
 def _shuffled(n: int, m: int, device: torch.device) -> Tensor:
@@ -42,45 +49,57 @@ def _info_nce_with_target(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     )
 
 
-_ROWS = {"reduction": "none"}
+def _rows(options: dict[str, object]) -> dict[str, object]:
+    return {"reduction": "none"} | options
+
 
 LOSSES = (
     Loss(
         "nt_xent",
-        lambda features, tau, **options: fastcl.nt_xent(*features, tau, **_ROWS, **options),
+        lambda features, tau, **options: fastcl.nt_xent(*features, tau, **_rows(options)),
         lambda features, tau: nt_xent_reference(*features, tau),
         ("z1", "z2"),
+        2,
         (0.5, 1.5),
+        2,
     ),
     Loss(
         "info_nce",
-        lambda features, tau, **options: fastcl.info_nce(*features, tau, **_ROWS, **options),
+        lambda features, tau, **options: fastcl.info_nce(*features, tau, **_rows(options)),
         lambda features, tau: info_nce_reference(*features, tau),
         ("query", "key"),
+        3,
         (1.0, 3.0),
+        2,
     ),
     Loss(
         "info_nce_target",
-        _info_nce_with_target(lambda *args, **options: fastcl.info_nce(*args, **_ROWS, **options)),
+        _info_nce_with_target(lambda *args, **options: fastcl.info_nce(*args, **_rows(options))),
         _info_nce_with_target(info_nce_reference),
         ("query", "longer key"),
+        3,
         (1.0, 3.0),
+        2,
     ),
     Loss(
         "info_nce_negatives",
         lambda features, tau, **options: fastcl.info_nce(
-            features[0], features[1], tau, negatives=features[2], **_ROWS, **options
+            features[0], features[1], tau, negatives=features[2], **_rows(options)
         ),
         lambda features, tau: info_nce_reference(features[0], features[1], tau, negatives=features[2]),
         ("query", "key", "longer negatives"),
+        3,
         (1.0, 3.0),
+        2,
     ),
     Loss(
         "clip",
-        lambda features, tau, **options: fastcl.clip_loss(*features, 1 / tau, normalize=True, **_ROWS, **options),
+        lambda features, tau, **options: fastcl.clip_loss(*features, 1 / tau, normalize=True, **_rows(options)),
         lambda features, tau: clip_reference(*features, 1 / tau, normalize=True),
         ("image_features", "text_features"),
+        4,
         (1.0, 3.0),
+        3,
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 import fastcl
-from fastcl.terms import Mask, Plan, Reduce, Term
+from fastcl.cross_entropy import Options
+from fastcl.terms import Mask, Needs, Plan, Reduce, Term
 from tests.cases import LOSSES, Loss, available_backends, make_features
 
 EACH_LOSS = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
@@ -26,6 +28,9 @@ def test_gradcheck(loss: Loss, backend: str) -> None:
         return (loss.call(inputs[:-1], inputs[-1], backend=backend) * weights).sum()
 
     assert torch.autograd.gradcheck(weighted, (*features, tau))
+    for reduction in ("mean", "sum"):
+        one = functools.partial(loss.call, backend=backend, reduction=reduction)
+        assert torch.autograd.gradcheck(lambda *x, one=one: 3.0 * one(x[:-1], x[-1]), (*features, tau))
 
 
 PLANS = {
@@ -59,12 +64,30 @@ def test_opcheck(plan: Plan, backend: str) -> None:
     torch.library.opcheck(torch.ops.fastcl.pairwise_gradient, (a, b, scale, target, rows, columns, *grads, *options))
 
 
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("backend", available_backends())
+def test_opcheck_of_the_softmax_operator(plan: Plan, backend: str) -> None:
+    a = torch.randn(6, 4, requires_grad=True)
+    b = None if plan.symmetric else torch.randn(6, 4, requires_grad=True)
+    scale = torch.tensor(2.0, requires_grad=True)
+    target = torch.tensor([3, 4, 5, 0, 1, 2])
+    needs = Needs(True, not plan.symmetric, True)
+    options = Options(plan.encode(), mean=True, normalize=True, norm_bound=None, needs=needs, backend=backend)
+    assert Options.decode(options.encode()) == options
+    arguments = (a, b, scale, target, None, torch.rand(6), options.encode())
+    # The gradients that are made with the value are not for a caller to differentiate, as the check would do.
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.fastcl.cross_entropy, arguments, test_utils=checks)
+    torch.library.opcheck(torch.ops.fastcl.first_derivative, (torch.randn(3, 2), a.detach()))
+
+
 @EACH_LOSS
-def test_compiles_without_graph_breaks_for_any_batch(loss: Loss) -> None:
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiles_without_graph_breaks_for_any_batch(loss: Loss, reduction: str) -> None:
     torch._dynamo.reset()
 
     def step(features: list[Tensor], tau: Tensor) -> Tensor:
-        return loss.call(features, tau).mean()
+        return loss.call(features, tau, reduction=reduction).mean()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
     for pairs in (16, 24, 40):
@@ -120,8 +143,9 @@ def test_any_subset_of_inputs(loss: Loss, backend: str) -> None:
     full = torch.autograd.grad(loss.call(features, tau, backend=backend).mean(), inputs)
     for k in range(len(inputs)):
         alone = [x.detach().requires_grad_(i == k) for i, x in enumerate(inputs)]
-        value = loss.call(alone[:-1], alone[-1], backend=backend).mean()
-        torch.testing.assert_close(torch.autograd.grad(value, alone[k])[0], full[k], rtol=1e-4, atol=1e-7)
+        for reduction in ("none", "mean"):
+            value = loss.call(alone[:-1], alone[-1], backend=backend, reduction=reduction).mean()
+            torch.testing.assert_close(torch.autograd.grad(value, alone[k])[0], full[k], rtol=1e-4, atol=1e-7)
 
 
 def test_gradient_that_nobody_asked_for_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,9 +169,10 @@ def test_gradient_that_nobody_asked_for_is_not_computed(monkeypatch: pytest.Monk
 
 
 @EACH_LOSS
-def test_second_derivative_raises(loss: Loss) -> None:
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_second_derivative_raises(loss: Loss, reduction: str) -> None:
     features = make_features(loss, 6, 4, torch.float32)
-    value = loss.call(features, 0.5).mean()
+    value = loss.call(features, 0.5, reduction=reduction).mean()
     first = torch.autograd.grad(value, features[0], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(first.square().sum(), features[0])

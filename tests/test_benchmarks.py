@@ -10,16 +10,26 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import measure, status
-from benchmarks.cases import Case, suite
+from benchmarks import measure, peak_table, status
+from benchmarks.cases import SUITES, Case, suite
 from benchmarks.measure import GemmRate
-from benchmarks.providers import find
-from benchmarks.report import COLUMNS, Machine, make_rows, read_csv
+from benchmarks.providers import CPU_ENGINE, CPU_ENGINE_ON_ONE_THREAD, find, providers
+from benchmarks.report import COLUMNS, Machine, Row, format_case, make_rows, read_csv, write_csv
 from benchmarks.runner import Limits, Result, Runner, describe_red_gate
+from fastcl.backends import cpu
 from tests.cases import LOSSES
 
 SMALL = Case("nt_xent", 48, 16)
-MACHINE = Machine("a CPU", "cpu", "2.0", "abc", {"float32": GemmRate(1e9, "float32", "a library", 64)})
+MACHINE = Machine(
+    "a CPU",
+    "cpu",
+    torch="2.0",
+    commit="abc",
+    threads=4,
+    level="avx2",
+    rates={"float32": GemmRate(1e9, "float32", "a library", 64)},
+    peaks={("float32", 4): 2e9, ("float32", 1): 0.5e9},
+)
 BRIEF = Limits(rounds=1, budget_s=0.01, request_s=60)
 
 
@@ -107,6 +117,110 @@ def test_every_loss_is_measured() -> None:
             assert {case.loss for case in suite(device, quick=quick)} == expected
 
 
+def test_suite_of_the_peak() -> None:
+    cases = suite("cpu", "peak", quick=False)
+    assert {case.rows for case in cases} == {4096, 8192, 16384, 32768}
+    assert {case.dim for case in cases} == {128, 256, 512, 1024}
+    assert {case.dtype for case in cases} == {"float32", "bfloat16"}
+    assert len(set(cases)) == len(cases) == 32 * len({case.loss for case in cases})
+    assert set(suite("cpu", "peak", quick=True)) < set(cases)
+
+
+def test_suite_of_small_batches() -> None:
+    cases = suite("cpu", "small", quick=False)
+    assert {(case.pairs, case.dim) for case in cases} == {(b, d) for b in (64, 128, 256, 512) for d in (64, 128)}
+    assert {case.loss for case in cases} == {"nt_xent"}
+
+
+def test_suites_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--list", "--device", "cpu", "--suite", "peak,small,small", "--dtype", "float32"]) == 0
+    names = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    expected = [*suite("cpu", "peak", quick=False), *suite("cpu", "small", quick=False)]
+    assert names == [case.name for case in expected if case.dtype == "float32"]
+    with pytest.raises(SystemExit):
+        command.main(["--suite", "fast"])
+    assert f"'fast' is not one of {', '.join(SUITES)}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'fast'"):
+        suite("cpu", "fast", quick=False)
+
+
+def test_floor_is_the_plans() -> None:
+    for loss in LOSSES:
+        assert Case(loss.name, 4, 2).floor_passes == loss.passes
+
+
+def test_share_of_the_peak() -> None:
+    """Two passes over 8,192 rows at the peak of as many threads as took part."""
+    own, one_thread, dense = _engine_rows()
+    assert (own.threads, one_thread.threads, dense.threads) == (4, 1, 4)
+    assert (own.level, one_thread.level, dense.level) == ("avx2", "avx2", "")
+    assert own.fraction_of_peak == pytest.approx(2 * 2 * 8192**2 * 16 / 2e9 / 4.0, rel=1e-3)
+    assert one_thread.fraction_of_peak == pytest.approx(own.fraction_of_peak * 4 / 3.5, rel=1e-3)
+    assert own.fraction_of_floor == pytest.approx(2 * own.fraction_of_peak, rel=1e-3)
+    assert own.thread_scaling == 3.5
+    assert dense.fraction_of_peak is dense.peak_gflops is dense.thread_scaling is one_thread.thread_scaling is None
+
+
+def test_share_of_the_peak_is_shown_where_there_is_one(tmp_path: Path) -> None:
+    rows = _engine_rows()
+    path = tmp_path / "device" / "results.csv"
+    write_csv(rows, path)
+    share, table = f"{100 * rows[0].fraction_of_peak:.0f} %", peak_table.table(read_csv(path))
+    assert f"| `nt_xent` float32 | 16 | {share} (3.50x) |" in table
+    assert "`nt_xent` 2 passes" in table
+    assert "float32 2 GFLOP/s (avx2, 4 threads)" in table
+    assert "of peak" in format_case(rows)
+    readme = status.measured_table(status.load_results(tmp_path))
+    assert f"| 4,000 ms (`cpu`) | {share} |" in readme
+
+    assert "of peak" not in format_case(rows[2:])
+    # Results of an earlier version don't have these columns.
+    old = [{k: v for k, v in row.items() if not k.endswith("_peak")} for row in read_csv(path)]
+    assert peak_table.table(old) == peak_table.caption(old) == ""
+    assert "of peak" not in status.measured_table(old)
+
+
+def test_small_batches_are_not_held_against_the_peak(tmp_path: Path) -> None:
+    write_csv(_engine_rows(pairs=64), tmp_path / "results.csv")
+    assert peak_table.table(read_csv(tmp_path / "results.csv")) == ""
+
+
+def test_one_thread_is_given_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = {}
+
+    def start(name: str, device: str, threads: int) -> _Judge:
+        started[name] = threads
+        return _Judge({"value": 1.0, "gradient": 0.0})
+
+    monkeypatch.setattr("benchmarks.runner.WorkerProcess", start)
+    dense = find("dense eager", "cpu")
+    own = replace(dense, name=CPU_ENGINE_ON_ONE_THREAD, threads=1)
+    with Runner("cpu", [own, dense], BRIEF, threads=6) as runner:
+        runner.run(SMALL)
+    assert started == {"judge": 6, "dense eager": 6, CPU_ENGINE_ON_ONE_THREAD: 1}
+
+
+def test_rates_of_threads_add_up() -> None:
+    rates = iter((1.0, 2.0, 5.0, 4.0, 3.0, 1.0))
+    assert measure.rate_of_threads(lambda: next(rates), 2, repeats=3) == 9.0
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+def test_a_small_run_of_the_engine(tmp_path: Path) -> None:
+    arguments = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--suite", "small", "--one-thread"]
+    assert command.main([*arguments, "--cases", "nt_xent-64x64", "--providers", "fastcl cpu"]) == 0
+    own, one_thread = read_csv(tmp_path / "results.csv")
+    assert (own["provider"], one_thread["provider"]) == (CPU_ENGINE, CPU_ENGINE_ON_ONE_THREAD)
+    assert one_thread["threads"] == "1"
+    assert own["level"] == cpu.level()
+    for row in (own, one_thread):
+        assert float(row["peak_gflops"]) > 0
+        assert float(row["fraction_of_peak"]) > 0
+        assert int(row["repeats"]) > 1
+    assert float(own["thread_scaling"]) > 0
+    assert CPU_ENGINE_ON_ONE_THREAD not in [provider.name for provider in providers("cpu")]
+
+
 def test_peak_memory_sees_a_block() -> None:
     def step() -> object:
         return torch.ones(16 << 20, dtype=torch.float32).sum()
@@ -167,6 +281,18 @@ class _Judge:
 
     def close(self) -> None:
         pass
+
+
+def _engine_rows(pairs: int = 4096) -> list[Row]:
+    """What a run would say of the engine on all threads, on one, and of the dense loss, had they taken so long."""
+    dense = find("dense eager", "cpu")
+    times_ms = {
+        replace(dense, name=CPU_ENGINE): 4_000.0,
+        replace(dense, name=CPU_ENGINE_ON_ONE_THREAD, threads=1): 14_000.0,
+        dense: 20_000.0,
+    }
+    case = Case("nt_xent", pairs, 16)
+    return make_rows([Result(p, case, "ok", gate_pairs=pairs, times_ms=[ms]) for p, ms in times_ms.items()], MACHINE)
 
 
 def _run_with(monkeypatch: pytest.MonkeyPatch, gate: dict[str, float]) -> Result:

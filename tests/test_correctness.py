@@ -19,6 +19,9 @@ from tests.cases import (
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
+Computed = tuple[torch.Tensor, list[torch.Tensor]]
+"""A value and its gradients with respect to features and temperature."""
+
 
 def check_against_float64(
     loss: Loss, pairs: int, dim: int, dtype: torch.dtype, backend: str, tau: float = 0.1, device: str = "cpu"
@@ -29,14 +32,26 @@ def check_against_float64(
     temperature = torch.tensor(tau, device=device, requires_grad=True)
     wide_temperature = temperature.detach().double().requires_grad_()
 
-    got = value_and_gradients(lambda: loss.call(features, temperature, backend=backend), [*features, temperature])
     exact = value_and_gradients(lambda: loss.reference(wide, wide_temperature), [*wide, wide_temperature])
     dense = value_and_gradients(lambda: loss.reference(features, temperature), [*features, temperature])
 
+    # The mean is one operator call, the losses of the rows are another one.
+    for reduction in ("none", "mean"):
+        got = value_and_gradients(
+            lambda reduction=reduction: loss.call(features, temperature, backend=backend, reduction=reduction),
+            [*features, temperature],
+        )
+        compare(loss, dtype, tau, got, exact, dense)
+
+
+def compare(loss: Loss, dtype: torch.dtype, tau: float, got: Computed, exact: Computed, dense: Computed) -> None:
     names = ("value", *loss.features, "temperature")
     for name, x, y, z in zip(names, (got[0], *got[1]), (exact[0], *exact[1]), (dense[0], *dense[1]), strict=True):
         # Exact gradients that vanish (one pair, or one dimension) leave only rounding to compare.
         floor = 1e-7 if dtype is torch.float64 else 1e-4
+        if name == "temperature":
+            # A sum of terms of order 1 / tau^2 that cancel.
+            floor = max(floor, TOLERANCE[dtype] / tau**2)
         if float(y.double().norm()) < floor:
             assert float((x.double() - y).norm()) <= max(float((z.double() - y).norm()), floor), name
             continue
@@ -77,18 +92,28 @@ def test_agrees_at_extreme_temperatures(loss: Loss, backend: str, tau: float) ->
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 def test_strided_features(loss: Loss, backend: str) -> None:
     features = [x.detach() for x in make_features(loss, 70, 21, torch.float32)]
-    expected = loss.call(features, 0.2, backend=backend)
     transposed = [x.T.contiguous().T for x in features]
     spread = [torch.stack((x, x.flip(0)), dim=2).flatten(1)[:, ::2] for x in features]
-    torch.testing.assert_close(loss.call(transposed, 0.2, backend=backend), expected)
-    torch.testing.assert_close(loss.call(spread, 0.2, backend=backend), expected)
+    for reduction in ("none", "mean"):
+        options = {"backend": backend, "reduction": reduction}
+        value, gradients = differentiate(loss, features, options)
+        for strided in (transposed, spread):
+            other, others = differentiate(loss, strided, options)
+            torch.testing.assert_close(other, value)
+            torch.testing.assert_close(others, gradients)
+
+
+def differentiate(loss: Loss, features: list[torch.Tensor], options: dict[str, str]) -> Computed:
+    inputs = [x.detach().requires_grad_() for x in features]
+    return value_and_gradients(lambda: loss.call(inputs, 0.2, **options), inputs)
 
 
 @pytest.mark.parametrize("backend", available_backends())
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 def test_same_bits_every_time(loss: Loss, backend: str) -> None:
     features = make_features(loss, 530, 48, torch.float32)
-    runs = [value_and_gradients(lambda: loss.call(features, 0.1, backend=backend), features) for _ in range(3)]
-    for value, gradients in runs[1:]:
-        assert torch.equal(value, runs[0][0])
-        assert all(torch.equal(x, y) for x, y in zip(gradients, runs[0][1], strict=True))
+    for options in ({"backend": backend}, {"backend": backend, "reduction": "mean"}):
+        runs = [value_and_gradients(lambda o=options: loss.call(features, 0.1, **o), features) for _ in range(3)]
+        for value, gradients in runs[1:]:
+            assert torch.equal(value, runs[0][0])
+            assert all(torch.equal(x, y) for x, y in zip(gradients, runs[0][1], strict=True))

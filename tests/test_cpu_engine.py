@@ -122,6 +122,19 @@ def test_unknown_level_is_an_error(monkeypatch):
         cpu.level()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_peak_of_every_level(monkeypatch, level):
+    """A rate that a thread can have; a loop that the compiler took away would have any."""
+    monkeypatch.setenv("FASTCL_CPU_LEVEL", level)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert 1e7 < cpu.peak_flops(dtype) < 1e13
+
+
+def test_peak_of_what_the_engine_does_not_take():
+    with pytest.raises(ValueError, match=r"dtype is float64, expected float32"):
+        cpu.peak_flops(torch.float64)
+
+
 @pytest.mark.parametrize(("n", "m", "depth"), [(1, 1, 1), (1, 700, 3), (700, 1, 17), (97, 193, 513), (30, 40, 4096)])
 def test_ragged_shapes_and_offsets(n, m, depth):
     given = operands(CLIP, n, m, depth, row0=5, col0=3)

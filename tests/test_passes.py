@@ -24,11 +24,10 @@ def count_passes(run: Callable[[], object], sweep: int) -> float:
     return counter.get_total_flops() / (2 * sweep)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_passes_of_each_loss(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "_TILE_ON_CPU", 8)
+def record_calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, tuple]:
+    """The arguments that functions of ``tiled`` are called with from now on."""
     calls: dict[str, tuple] = {}
-    for name in ("statistics", "gradient"):
+    for name in names:
         original = getattr(tiled, name)
 
         def record(*args, name=name, original=original):
@@ -36,9 +35,20 @@ def test_passes_of_each_loss(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> Non
             return original(*args)
 
         monkeypatch.setattr(tiled, name, record)
+    return calls
 
-    # NT-Xent doubles its rows, and its diagonal tiles are computed whole: n * (n + tile) / 2 in place of n^2 / 2.
-    features = make_features(loss, 8 * TILES // (2 if loss.name == "nt_xent" else 1), DIM, torch.float32)
+
+def small_features(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Features that make TILES tiles along the rows of S."""
+    monkeypatch.setattr(tiled, "_TILE_ON_CPU", 8)
+    monkeypatch.setattr(tiled, "_LOWEST_PANEL", 1)
+    return make_features(loss, 8 * TILES // (2 if loss.name == "nt_xent" else 1), DIM, torch.float32)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_passes_of_the_rows(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = small_features(loss, monkeypatch)
+    calls = record_calls(monkeypatch, "statistics", "gradient")
     tau = torch.tensor(0.1, requires_grad=True)
     loss.call(features, tau, backend="tiled").sum().backward()
 
@@ -46,11 +56,28 @@ def test_passes_of_each_loss(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> Non
     n, m = operands.shape
     forward = count_passes(lambda: tiled.statistics(*calls["statistics"]), n * m * DIM)
     backward = count_passes(lambda: tiled.gradient(*calls["gradient"]), n * m * DIM)
+    # NT-Xent's diagonal tiles are computed whole: n * (n + tile) / 2 in place of n^2 / 2.
     diagonal = (1 + 1 / TILES) if loss.name == "nt_xent" else 1
-    assert forward == pytest.approx(loss.passes[0] * diagonal)
+    assert forward == pytest.approx(loss.passes_of_rows[0] * diagonal)
     # A diagonal tile is one product where an off-diagonal one is two.
-    expected = loss.passes[1] * diagonal if diagonal == 1 else 0.5 * diagonal + 1.0
+    expected = loss.passes_of_rows[1] * diagonal if diagonal == 1 else 0.5 * diagonal + 1.0
     assert backward == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "first-only"])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_passes_of_the_mean(loss: Loss, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    symmetric = loss.name == "nt_xent"
+    features = small_features(loss, monkeypatch)
+    if frozen and not symmetric:
+        features = [features[0], *(x.detach() for x in features[1:])]
+    calls = record_calls(monkeypatch, "cross_entropy")
+    loss.call(features, torch.tensor(0.1, requires_grad=True), backend="tiled", reduction="mean")
+
+    n, m = calls["cross_entropy"][1].shape
+    counted = count_passes(lambda: tiled.cross_entropy(*calls["cross_entropy"]), n * m * DIM)
+    expected = loss.frozen_passes if frozen else loss.passes
+    assert counted == pytest.approx(expected + (1 / TILES if symmetric else 0))
 
 
 @pytest.mark.parametrize(

@@ -80,4 +80,8 @@ double finish(const Matrix& matrix, const Workers& workers, const float* inverse
 std::vector<std::string> available_levels();
 std::string selected_level();
 
+// Floating-point operations a second that the calling thread reaches in the multiply-adds of that level which serve
+// operands of `dtype`, with nothing to load or store. Takes some 30 ms.
+double peak_flops(Dtype dtype);
+
 }  // namespace fastcl::cpu

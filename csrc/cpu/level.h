@@ -133,6 +133,8 @@ struct Level {
   void (*normalize)(const Matrix&, int64_t begin, int64_t end, void* unit, float* inverse, float* scratch);
   void (*finish)(const Matrix&, const float* inverse, float factor, int64_t begin, int64_t end, float* product,
                  double* inner, float* scratch);
+  // `rounds` rounds of nothing but multiply-adds; returns their floating-point operations.
+  int64_t (*multiply_adds)(Dtype, int64_t rounds);
 };
 
 const Level& selected();

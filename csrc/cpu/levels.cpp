@@ -1,4 +1,5 @@
 // Which instruction-set level runs: the best this machine supports, or the one named by $FASTCL_CPU_LEVEL.
+#include <chrono>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -51,5 +52,17 @@ std::vector<std::string> available_levels() {
 }
 
 std::string selected_level() { return selected().name; }
+
+double peak_flops(Dtype dtype) {
+  using Clock = std::chrono::steady_clock;
+  const Level& level = selected();
+  // What comes before the measurement that counts warms up.
+  for (int64_t rounds = 1 << 10;; rounds *= 2) {
+    const Clock::time_point start = Clock::now();
+    const int64_t operations = level.multiply_adds(dtype, rounds);
+    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    if (seconds > 0.01) return static_cast<double>(operations) / seconds;
+  }
+}
 
 }  // namespace fastcl::cpu

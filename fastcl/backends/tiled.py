@@ -20,9 +20,9 @@ from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, 
 
 _TILE_ON_CPU = 1024
 _TILE_ELSEWHERE = 4096
-_PANEL_TILES = 16
+_PANEL_TILES = 2
 """tiles whose memory a panel of whole rows may take"""
-_LOWEST_PANEL = 128
+_LOWEST_PANEL = 64
 """rows of a panel that still make a good matrix product"""
 
 

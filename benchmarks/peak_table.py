@@ -1,0 +1,69 @@
+"""The CPU engine against the arithmetic peak of its processor: each loss at each size, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.providers import CPU_ENGINE
+from benchmarks.report import markdown_row
+
+SMALLEST = 4096
+"""rows of the similarity matrix below which overheads and not the arithmetic decide"""
+
+
+def caption(rows: Sequence[dict[str, str]]) -> str:
+    """What the share of the peak means, with the passes and the peaks it was taken at; empty where no row has one."""
+    own = _measured(rows)
+    if not own:
+        return ""
+    passes = dict.fromkeys(f"`{row['loss']}` {float(row['floor_passes']):g}" for row in own)
+    peaks = dict.fromkeys(
+        f"{row['dtype']} {float(row['peak_gflops']):,.0f} GFLOP/s ({row['level']}, {_threads(row)})" for row in own
+    )
+    return (
+        f"Of peak: the floor of 2·N·M·D operations a pass ({', '.join(passes)} passes for value and gradients) at the "
+        f"rate of multiply-adds on registers alone, over the measured time; that rate: {', '.join(peaks)}."
+    )
+
+
+def table(rows: Sequence[dict[str, str]]) -> str:
+    """Losses, dtypes and dims down, rows of the similarity matrix across; empty where there is nothing to show."""
+    own = [row for row in _measured(rows) if int(row["rows"]) >= SMALLEST]
+    if not own:
+        return ""
+    sizes = sorted({int(row["rows"]) for row in own})
+    lines: dict[tuple[str, str, str], dict[int, str]] = {}
+    for row in own:
+        lines.setdefault((row["loss"], row["dtype"], row["dim"]), {})[int(row["rows"])] = _cell(row)
+    note = " In brackets: one thread's time over all threads'." if any(row["thread_scaling"] for row in own) else ""
+    return "\n".join(
+        [
+            f"{caption(own)}{note}",
+            "",
+            markdown_row("loss", "D", *(f"{n:,} rows" for n in sizes)),
+            markdown_row("---", *["--:"] * (len(sizes) + 1)),
+            *(
+                markdown_row(f"`{loss}` {dtype}", dim, *(cells.get(n, "-") for n in sizes))
+                for (loss, dtype, dim), cells in lines.items()
+            ),
+        ]
+    )
+
+
+def percent(row: dict[str, str]) -> str:
+    """A row's share of the peak, empty in a row that was not measured against one."""
+    share = row.get("fraction_of_peak")
+    return f"{100 * float(share):.0f} %" if share else ""
+
+
+def _measured(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    return [row for row in rows if row["provider"] == CPU_ENGINE and percent(row)]
+
+
+def _cell(row: dict[str, str]) -> str:
+    scaling = row["thread_scaling"]
+    return percent(row) + (f" ({float(scaling):.2f}x)" if scaling else "")
+
+
+def _threads(row: dict[str, str]) -> str:
+    return f"{row['threads']} thread" + ("s" if row["threads"] != "1" else "")
