@@ -98,18 +98,25 @@ double in_one_sweep(const Sweep& sweep, const Workers& workers, RowPanels job) {
   return std::accumulate(losses.begin(), losses.end(), 0.0);
 }
 
+// At most one term of each kind, and its log-sum-exp over all pairs but a few.
+bool looks_along_rows_only(const Problem& problem) {
+  if (problem.symmetric || !problem.column_terms.empty()) return false;
+  int count[3] = {};
+  for (const PairTerm& term : problem.row_terms) {
+    if (++count[static_cast<int>(term.reduce)] > 1) return false;
+    if (term.reduce == Reduce::kLogSumExp && !is_dense(term)) return false;
+  }
+  return count[static_cast<int>(Reduce::kLogSumExp)] == 1;
+}
+
 }  // namespace
 
 double cross_entropy(const Problem& problem, const Workers& workers, const CrossEntropy& head,
                      Vectors<float> statistics, float* a, float* b, float* positive) {
-  const auto& terms = problem.row_terms;
-  const auto is_log_sum_exp = [](const PairTerm& term) { return term.reduce == Reduce::kLogSumExp; };
-  const bool rows_only = !problem.symmetric && problem.column_terms.empty() && terms.size() <= 3 &&
-                         std::count_if(terms.begin(), terms.end(), is_log_sum_exp) == 1;
-  if (rows_only && (a != nullptr || b != nullptr)) {
+  if (looks_along_rows_only(problem) && (a != nullptr || b != nullptr)) {
     Sweep sweep = make_sweep(problem);
     sweep.shift += kRaise;
-    sweep.row_block = panel_rows(sweep.x.rows, sweep.y.rows, sweep.tile, b != nullptr);
+    sweep.row_block = panel_rows(sweep, b != nullptr);
     if (sweep.row_block > 0) {
       return in_one_sweep(sweep, workers, {head, statistics.rows, nullptr, a, b, positive, problem.flag_below});
     }

@@ -12,7 +12,8 @@
 namespace fastcl::cpu {
 namespace {
 
-constexpr int kMaxPanelTerms = 4;
+// One of each kind.
+constexpr int kMaxPanelTerms = 3;
 constexpr double kLn2 = 0.693147180559945309417;
 
 struct PanelPair {

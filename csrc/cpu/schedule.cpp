@@ -39,11 +39,22 @@ int64_t block_size(int64_t length, int64_t tile) {
   return tile * std::max<int64_t>(1, ceil_divide(tiles, kMaxBlocks));
 }
 
-int64_t panel_rows(int64_t rows, int64_t columns, int64_t tile, bool kept) {
-  constexpr int64_t kPanelBytes = int64_t{24} << 20;
-  const int64_t fits = kept ? kPanelBytes / (sizeof(float) * ceil_divide(columns, kMaxTile) * (kMaxTile + 16)) : tile;
-  const int64_t balanced = ceil_divide(ceil_divide(rows, kMaxBlocks), kTileUnit) * kTileUnit;
-  return std::min({fits / kTileUnit * kTileUnit, balanced, tile});
+int64_t panel_rows(const Sweep& sweep, bool kept) {
+  constexpr int64_t kPanelBytes = int64_t{32} << 20;
+  constexpr int64_t kUnit = 48;
+  // Each panel packs all of y, so the higher the better, as long as threads share the panels evenly.
+  constexpr int64_t kEnough = 24;
+  constexpr int64_t kTooFew = 4;
+  const int64_t rows = sweep.x.rows;
+  const int64_t columns = sweep.y.rows;
+  int64_t height = sweep.tile;
+  if (kept) {
+    const int64_t row_bytes = sizeof(float) * ceil_divide(columns, kMaxTile) * (kMaxTile + 16);
+    height = std::min(height, kPanelBytes / row_bytes / kUnit * kUnit);
+  }
+  if (is_small(rows, columns, sweep.x.depth)) return height;
+  height = std::min(height, ceil_divide(ceil_divide(rows, kEnough), kUnit) * kUnit);
+  return height > 0 && ceil_divide(rows, height) >= kTooFew ? height : 0;
 }
 
 Workers worth(const Workers& workers, const Sweep& sweep) {

@@ -132,6 +132,59 @@ double check(const Case& c, const Workers& workers) {
   return error;
 }
 
+// The same for a softmax loss along the rows, whose panels several threads add to one product in turn.
+double check_cross_entropy(const Case& c, const Workers& workers) {
+  std::mt19937 generator(11);
+  const std::vector<float> a = random_rows(c.n, c.depth, generator);
+  const std::vector<float> b = random_rows(c.m, c.depth, generator);
+  std::vector<int64_t> target(c.n);
+  for (int64_t i = 0; i < c.n; ++i) target[i] = (i * 7 + 3) % c.m;
+
+  Problem problem{};
+  problem.a = matrix(a, c.n, c.depth);
+  problem.b = matrix(b, c.m, c.depth);
+  problem.scale = c.scale;
+  const float largest = static_cast<float>(std::max(c.n, c.m));
+  problem.shift = c.scale * (1 + 1.0f / 128) - (80 - std::log(largest));
+  problem.flag_below = std::log(1e6f * largest * 1.17549435e-38f);
+  problem.target = target.data();
+  problem.row_terms = {{Reduce::kLogSumExp, Test::kAbsent, Test::kForbidden},
+                       {Reduce::kSum, Test::kAbsent, Test::kRequired}};
+  std::vector<float> rows(2 * c.n, NAN), product_a(c.n * c.depth, NAN), product_b(c.m * c.depth, NAN);
+  const double loss = fastcl::cpu::cross_entropy(problem, workers, {nullptr, nullptr}, {rows.data(), nullptr},
+                                                 product_a.data(), product_b.data(), nullptr);
+
+  std::vector<double> want_a(c.n * c.depth, 0.0), want_b(c.m * c.depth, 0.0), logits(c.m);
+  double want_loss = 0;
+  for (int64_t i = 0; i < c.n; ++i) {
+    double sum = 0;
+    for (int64_t j = 0; j < c.m; ++j) {
+      double dot = 0;
+      for (int64_t d = 0; d < c.depth; ++d) dot += double(a[i * c.depth + d]) * b[j * c.depth + d];
+      logits[j] = c.scale * dot;
+      sum += std::exp(logits[j]);
+    }
+    want_loss += std::log(sum) - logits[target[i]];
+    for (int64_t j = 0; j < c.m; ++j) {
+      const double w = std::exp(logits[j]) / sum - (j == target[i] ? 1.0 : 0.0);
+      for (int64_t d = 0; d < c.depth; ++d) {
+        want_a[i * c.depth + d] += w * b[j * c.depth + d];
+        want_b[j * c.depth + d] += w * a[i * c.depth + d];
+      }
+    }
+  }
+  double error = std::abs(loss - want_loss) / (1 + std::abs(want_loss));
+  const auto compare = [&](const std::vector<float>& got, const std::vector<double>& want) {
+    for (size_t k = 0; k < want.size(); ++k) {
+      const double difference = std::abs(got[k] - want[k]);
+      error = std::isnan(difference) ? HUGE_VAL : std::max(error, difference);
+    }
+  };
+  compare(product_a, want_a);
+  compare(product_b, want_b);
+  return error;
+}
+
 }  // namespace
 
 int main() {
@@ -143,7 +196,8 @@ int main() {
     setenv("FASTCL_CPU_LEVEL", level.c_str(), 1);
     for (const Case& c : cases) {
       for (int count : {1, 3}) {
-        const double error = check(c, threads(count));
+        double error = check(c, threads(count));
+        if (!c.symmetric) error = std::max(error, check_cross_entropy(c, threads(count)));
         const bool wrong = !(error < 1e-3);
         failures += wrong;
         if (wrong) {
