@@ -75,17 +75,21 @@ def cross_entropy(
     scale = scalar_tensor(scale, dtype, a.device)
     recorded = torch.is_grad_enabled()
     needs = Needs(*(recorded and x is not None and x.requires_grad for x in (a, b, scale, positive)))
-    options = Options(plan.encode(), reduction == "mean", normalize, norm_bound, needs, backend)
+    options = Options(plan, reduction == "mean", normalize, norm_bound, needs, backend)
     target = None if target is None else target.to(torch.int64)
-    loss, rows, columns, *_ = torch.ops.fastcl.cross_entropy(a, b, scale, target, positive, weights, options.encode())
+    # The operator is for tracers. Plain tensors skip it: the call alone takes longer than a batch of 32 does.
+    traced = torch.compiler.is_compiling() or type(a) not in (Tensor, torch.nn.Parameter)
+    loss, rows, columns, *_ = _ValueAndGradients.apply(
+        a, b, scale, target, positive, weights, options.encode() if traced else options
+    )
     values = {Axis.ROW: iter(rows.unbind()), Axis.COLUMN: iter(columns.unbind())}
     return loss, tuple(next(values[term.axis]) for term in plan.terms)
 
 
 class Options(NamedTuple):
-    """All that is not a tensor, in one string: what torch spends on an operator call grows with its arguments."""
+    """All that is not a tensor; in one string for the operator, on whose every argument torch spends time."""
 
-    plan: str
+    plan: Plan
     mean: bool
     normalize: bool
     norm_bound: float | None
@@ -94,7 +98,7 @@ class Options(NamedTuple):
 
     def encode(self) -> str:
         flags = "".join("01"[flag] for flag in (self.mean, self.normalize, *self.needs))
-        return f"{flags}|{self.norm_bound!r}|{self.backend or ''}|{self.plan}"
+        return f"{flags}|{self.norm_bound!r}|{self.backend or ''}|{self.plan.encode()}"
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
@@ -102,11 +106,35 @@ class Options(NamedTuple):
         flags, norm_bound, backend, plan = text.split("|")
         mean, normalize, *needs = (flag == "1" for flag in flags)
         bound = None if norm_bound == "None" else float(norm_bound)
-        return Options(plan, mean, normalize, bound, Needs(*needs), backend or None)
+        return Options(Plan.decode(plan), mean, normalize, bound, Needs(*needs), backend or None)
+
+
+SevenTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _compute(
+    a: Tensor,
+    b: Tensor | None,
+    scale: Tensor,
+    target: Tensor | None,
+    positive: Tensor | None,
+    weights: Tensor | None,
+    options: Options,
+) -> SevenTensors:
+    """The loss, its statistics, and the gradients of a, b, scale and positive, empty where not needed."""
+    found = engine.cross_entropy(
+        options.plan,
+        Operands(a, b, scale, target, 1.0 if options.normalize else options.norm_bound),
+        CrossEntropy(positive, weights, options.mean, options.normalize),
+        options.needs,
+        options.backend,
+    )
+    gradients = (*found.gradients, found.positive)
+    return found.loss, *found.statistics, *(scale.new_empty(0) if g is None else g for g in gradients)
 
 
 @torch.library.custom_op("fastcl::cross_entropy", mutates_args=())
-def _cross_entropy(
+def _operator(
     a: Tensor,
     b: Tensor | None,
     scale: Tensor,
@@ -114,24 +142,14 @@ def _cross_entropy(
     positive: Tensor | None,
     weights: Tensor | None,
     options: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = Options.decode(options)
-    found = engine.cross_entropy(
-        Plan.decode(call.plan),
-        Operands(a, b, scale, target, 1.0 if call.normalize else call.norm_bound),
-        CrossEntropy(positive, weights, call.mean, call.normalize),
-        call.needs,
-        call.backend,
-    )
-    gradients = (*found.gradients, found.positive)
-    return found.loss, *found.statistics, *(scale.new_empty(0) if g is None else g for g in gradients)
+) -> SevenTensors:
+    return _compute(a, b, scale, target, positive, weights, Options.decode(options))
 
 
-@_cross_entropy.register_fake
+@_operator.register_fake
 def _(a, b, scale, target, positive, weights, options):
     call, dtype = Options.decode(options), accumulation_dtype(a.dtype)
-    plan = Plan.decode(call.plan)
-    n, m = a.shape[0], (a if b is None else b).shape[0]
+    plan, n, m = call.plan, a.shape[0], (a if b is None else b).shape[0]
 
     def gradient_of(x: Tensor | None, needed: bool) -> Tensor:
         return scale.new_empty(x.shape if needed else (0,), dtype=dtype)
@@ -144,23 +162,27 @@ def _(a, b, scale, target, positive, weights, options):
     )
 
 
-def _save_gradients(ctx, inputs, output) -> None:
-    a, b, scale, _, positive, *_ = inputs
-    _, *others = output
-    ctx.mark_non_differentiable(*others)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(a, b, scale, positive, *others[2:])
+class _ValueAndGradients(torch.autograd.Function):
+    """The derivative; as a class it costs a small batch less than registered with the operator."""
 
+    @staticmethod
+    def forward(ctx, a, b, scale, target, positive, weights, options):
+        run = torch.ops.fastcl.cross_entropy if isinstance(options, str) else _compute
+        loss, *others = run(a, b, scale, target, positive, weights, options)
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a, b, scale, positive, *others[2:])
+        return loss, *others
 
-def _backward(ctx, grad_loss: Tensor | None, *_: None):
-    operands, gradients = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-    needed = (ctx.needs_input_grad[i] for i in (0, 1, 2, 4))
-    results = [None] * 7
-    for at, x, gradient, need in zip((0, 1, 2, 4), operands, gradients, needed, strict=True):
-        if need and grad_loss is not None:
-            scaled = torch.ops.fastcl.first_derivative(gradient, x) if torch.is_grad_enabled() else gradient
-            results[at] = (scaled * grad_loss).to(x.dtype)
-    return tuple(results)
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        a, b, scale, positive, *gradients = ctx.saved_tensors
+        results = [None] * 7
+        for at, x, gradient in zip((0, 1, 2, 4), (a, b, scale, positive), gradients, strict=True):
+            if ctx.needs_input_grad[at] and grad_loss is not None:
+                scaled = torch.ops.fastcl.first_derivative(gradient, x) if torch.is_grad_enabled() else gradient
+                results[at] = (scaled * grad_loss).to(x.dtype)
+        return tuple(results)
 
 
 @torch.library.custom_op("fastcl::first_derivative", mutates_args=())
@@ -174,5 +196,4 @@ def _(gradient, x):
     return torch.empty_like(gradient)
 
 
-_cross_entropy.register_autograd(_backward, setup_context=_save_gradients)
 _first_derivative.register_autograd(refuse_double_backward)

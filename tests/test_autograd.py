@@ -72,7 +72,7 @@ def test_opcheck_of_the_softmax_operator(plan: Plan, backend: str) -> None:
     scale = torch.tensor(2.0, requires_grad=True)
     target = torch.tensor([3, 4, 5, 0, 1, 2])
     needs = Needs(True, not plan.symmetric, True)
-    options = Options(plan.encode(), mean=True, normalize=True, norm_bound=None, needs=needs, backend=backend)
+    options = Options(plan, mean=True, normalize=True, norm_bound=None, needs=needs, backend=backend)
     assert Options.decode(options.encode()) == options
     arguments = (a, b, scale, target, None, torch.rand(6), options.encode())
     # The gradients that are made with the value are not for a caller to differentiate, as the check would do.
