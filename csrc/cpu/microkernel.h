@@ -39,9 +39,13 @@ struct BFloat16Dot {
 // Where LEFT[row, k] lies: row-major has its `pitch` between rows, column-major between values of k.
 enum class Layout { kRowMajor, kColumnMajor };
 
+// Not inlined: the loop gets all registers to itself. Sums are added to OUT at the end, which is fetched meanwhile.
 template <class Dot, Layout kLayout, int kVectors>
-inline void multiply_strip(const float* left, ptrdiff_t left_pitch, const float* right, ptrdiff_t right_pitch,
+[[gnu::noinline]] void multiply_strip(const float* left, ptrdiff_t left_pitch, const float* right, ptrdiff_t right_pitch,
                            int64_t depth, bool accumulate, float* out, ptrdiff_t out_pitch) {
+  for (int r = 0; accumulate && r < kStrip; ++r) {
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + r * out_pitch + v * kLanes, 1);
+  }
   Vector sums[kStrip][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) {
