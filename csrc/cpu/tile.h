@@ -243,6 +243,11 @@ inline void for_each_strip(const Sweep& sweep, const Tile& tile, const Workspace
       strip.dots = space.logits + (whole_tile ? row * kTilePitch : 0) + strip.column;
       const float* left = space.x.words + row * space.x.pitch + begin;
       for (int64_t v = 0; v < strip.vectors; v += 2) {
+        // The next strip is fetched meanwhile, a row with each panel.
+        if (v / 2 < kStrip && row + kStrip < tile.rows) {
+          const float* ahead = left + (kStrip + v / 2) * space.x.pitch;
+          for (int64_t k = 0; k < cut; k += 16) __builtin_prefetch(ahead + k);
+        }
         const float* right = space.y_panels + (strip.column + v * kLanes) * words + begin * kPanel;
         if (v + 1 < strip.vectors) {
           multiply_strip<Dot, Layout::kRowMajor, 2>(left, space.x.pitch, right, kPanel, cut, begin > 0,
