@@ -159,14 +159,13 @@ inline int64_t slices_size(int64_t padded_count, int64_t depth) {
   return padded_count / Dot::kPairs * round_up(depth, kPanel);
 }
 
-// `slices` from `rows`.
+// `slices` from `padded_count` rows, a slice being `slice_words` long.
 template <class Dot>
-inline void pack_slices(Rows rows, int64_t padded_count, int64_t depth, float* slices) {
-  const int64_t slice = padded_count / Dot::kPairs * kPanel;
+inline void pack_slices(Rows rows, int64_t padded_count, int64_t depth, int64_t slice_words, float* slices) {
   for (int64_t r = 0; r < padded_count; r += Dot::kPairs, slices += kPanel) {
     const float* row = rows.words + r * rows.pitch;
     for (int64_t d = 0; d < depth; d += kPanel) {
-      float* out = slices + d / kPanel * slice;
+      float* out = slices + d / kPanel * slice_words;
       const int64_t width = smaller(depth - d, kPanel);
       if (Dot::kPairs == 1) {
         for (int64_t i = 0; i < width; ++i) out[i] = row[d + i];
