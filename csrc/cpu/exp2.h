@@ -8,16 +8,16 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 
-// 2^t to 2 ulp for t in [-126, 127.5); exactly 0 below -126.5 and for -inf, +inf from 127.5 up; NaN for NaN.
+// 2^t to 2 ulp for t in [-126, 127.5); exactly 0 below -126.5 and for -inf; +inf from 127.5 up, or NaN where t is so
+// large (2^22) that its fraction is lost; NaN for NaN.
 //
 // 2^t = 2^n * 2^f with n = round(t). Adding 1.5 * 2^23 + 127 rounds t to an integer and leaves n + 127, the exponent
-// field of 2^n, in the low bits. n = -127 makes that field 0, a factor of zero, so that nothing is ever subnormal.
-// The polynomial is the minimax one of degree 5 with 2^0 = 1 (0.77 ulp before rounding).
+// field of 2^n, in the low bits. Fields from 255 up become 255, infinity. n = -127 makes the field 0, a factor of zero,
+// so that nothing is ever subnormal; below, the last comparison sets the zero, which costs less than a bound on t
+// first. The polynomial is the minimax one of degree 5 with 2^0 = 1 (0.77 ulp before rounding).
 inline Vector exp2(Vector t) {
   constexpr float kRound = 12582912.0f + 127.0f;
-  // Written so that a NaN passes: a comparison with it is false.
-  t = -127.0f > t ? broadcast(-127.0f) : t;
-  t = 128.0f < t ? broadcast(128.0f) : t;
+  constexpr int32_t kInfiniteField = 0x4B400000 + 255;  // the bits of 1.5 * 2^23, and the field
   const Vector rounded = t + kRound;
   const Vector f = t - (rounded - kRound);
   Vector p = f * 1.326472725e-3f + 9.671512688e-3f;
@@ -25,7 +25,11 @@ inline Vector exp2(Vector t) {
   p = p * f + 2.402224208e-1f;
   p = p * f + 6.931469776e-1f;
   p = p * f + 1.0f;
-  return p * (Vector)((IntVector)rounded << 23);
+  const IntVector bits = (IntVector)rounded;
+  const IntVector infinite = IntVector{} + kInfiniteField;
+  const IntVector field = bits > infinite ? infinite : bits;
+  p *= (Vector)(field << 23);
+  return t < -126.5f ? Vector{} : p;
 }
 
 }  // namespace

@@ -39,9 +39,14 @@ struct BFloat16Dot {
 // Where LEFT[row, k] lies: row-major has its `pitch` between rows, column-major between values of k.
 enum class Layout { kRowMajor, kColumnMajor };
 
+// Not inlined: the loop gets all registers to itself. Sums are added to OUT at the end, which is fetched meanwhile.
 template <class Dot, Layout kLayout, int kVectors>
-inline void multiply_strip(const float* left, ptrdiff_t left_pitch, const float* right, ptrdiff_t right_pitch,
-                           int64_t depth, bool accumulate, float* out, ptrdiff_t out_pitch) {
+[[gnu::noinline]] void multiply_strip(const float* left, ptrdiff_t left_pitch, const float* right,
+                                      ptrdiff_t right_pitch, int64_t depth, bool accumulate, float* out,
+                                      ptrdiff_t out_pitch) {
+  for (int r = 0; accumulate && r < kStrip; ++r) {
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + r * out_pitch + v * kLanes, 1);
+  }
   Vector sums[kStrip][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) {
@@ -72,37 +77,48 @@ inline void multiply_strip(const float* left, ptrdiff_t left_pitch, const float*
   }
 }
 
+// A strip of LEFT meets so many columns of OUT before the next one does.
+constexpr int64_t kProductBlock = 256;
+
+// OUT[height, width] += LEFT @ RIGHT for one strip and one panel. OUT, the caller's memory, is not padded, so that its
+// ragged edges go through a scratch.
+template <class Dot, Layout kLayout>
+inline void add_panel(const float* left, ptrdiff_t left_pitch, const float* right, int64_t words, float* out,
+                      int64_t out_pitch, int64_t height, int64_t width) {
+  alignas(64) float scratch[kStrip * kPanel];
+  const bool whole = height == kStrip && (width == kPanel || width == kLanes);
+  float* target = whole ? out : scratch;
+  const int64_t pitch = whole ? out_pitch : kPanel;
+  if (width > kLanes) {
+    multiply_strip<Dot, kLayout, 2>(left, left_pitch, right, kPanel, words, whole, target, pitch);
+  } else {
+    multiply_strip<Dot, kLayout, 1>(left, left_pitch, right, kPanel, words, whole, target, pitch);
+  }
+  if (whole) return;
+  for (int64_t i = 0; i < height; ++i) {
+    for (int64_t c = 0; c < width; ++c) out[i * out_pitch + c] += scratch[i * kPanel + c];
+  }
+}
+
 // OUT[rows, columns] += LEFT[rows, k] @ RIGHT[k, columns] for `count` numbers k. LEFT is padded to whole strips, and
-// RIGHT lies in slices of kPanel columns and `slice_words` words along k. OUT, the caller's memory, is not padded, so
-// that its ragged edges go through a scratch. A triangular LEFT is zero below the diagonal where it is row-major, and
-// above it where column-major (its transpose).
+// RIGHT lies in slices of kPanel columns and `slice_words` words along k. A triangular LEFT is zero below the diagonal
+// where it is row-major, and above it where column-major (its transpose).
 template <class Dot, Layout kLayout>
 inline void add_product(const float* left, ptrdiff_t left_pitch, const float* right, int64_t slice_words, int64_t count,
                         bool triangular, float* out, int64_t rows, int64_t columns) {
   const int64_t words = (count + Dot::kPairs - 1) / Dot::kPairs;
-  // A slice of RIGHT stays in the first-level cache, or nearly, while LEFT streams past it.
-  for (int64_t column = 0; column < columns; column += kPanel) {
-    const int64_t width = smaller(columns - column, kPanel);
+  // A strip of LEFT stays in the first-level cache, or nearly, while a block of RIGHT streams past from the second.
+  for (int64_t block = 0; block < columns; block += kProductBlock) {
+    const int64_t block_end = smaller(columns, block + kProductBlock);
     for (int64_t row = 0; row < rows; row += kStrip) {
-      const int64_t height = smaller(rows - row, kStrip);
       const int64_t begin = triangular && kLayout == Layout::kRowMajor ? row / Dot::kPairs : 0;
       const int64_t end =
           triangular && kLayout == Layout::kColumnMajor ? smaller(words, (row + kStrip) / Dot::kPairs) : words;
-      const float* l = kLayout == Layout::kRowMajor ? left + row * left_pitch + begin : left + row;
-      const float* r = right + column * slice_words + begin * kPanel;
-      float* target = out + row * columns + column;
-      alignas(64) float scratch[kStrip * kPanel];
-      const bool whole = height == kStrip && (width == kPanel || width == kLanes);
-      float* destination = whole ? target : scratch;
-      const int64_t pitch = whole ? columns : kPanel;
-      if (width > kLanes) {
-        multiply_strip<Dot, kLayout, 2>(l, left_pitch, r, kPanel, end - begin, whole, destination, pitch);
-      } else {
-        multiply_strip<Dot, kLayout, 1>(l, left_pitch, r, kPanel, end - begin, whole, destination, pitch);
-      }
-      if (whole) continue;
-      for (int64_t i = 0; i < height; ++i) {
-        for (int64_t c = 0; c < width; ++c) target[i * columns + c] += scratch[i * kPanel + c];
+      const float* strip = kLayout == Layout::kRowMajor ? left + row * left_pitch + begin : left + row;
+      for (int64_t column = block; column < block_end; column += kPanel) {
+        add_panel<Dot, kLayout>(strip, left_pitch, right + column * slice_words + begin * kPanel, end - begin,
+                                out + row * columns + column, columns, smaller(rows - row, kStrip),
+                                smaller(columns - column, kPanel));
       }
     }
   }

@@ -11,7 +11,9 @@ namespace {
 
 // Enough tasks side by side for this many threads, where the shape allows it.
 constexpr int64_t kWidth = 32;
-constexpr int64_t kMaxBlocks = 48;
+// A block of two tiles packs its columns once for both and finds its rows closer, which is worth 3 to 4 %; but only
+// half as many of them can be computed side by side.
+constexpr int64_t kMaxBlocks = 40;
 
 int64_t ceil_divide(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
 

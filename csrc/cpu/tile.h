@@ -126,7 +126,7 @@ inline void find_exceptional(const Sweep& sweep, const Tile& tile, ExceptionalPa
 // The buffers of one thread. W is kept twice for pairs of bfloat16, as each product pairs another dimension.
 struct Workspace {
   float* x_buffer;
-  float* y_buffer;
+  float* y_buffer;  // one panel's rows
   float* x_slices;
   float* y_slices;
   float* y_panels;
@@ -152,7 +152,7 @@ inline size_t lay_out(const Sweep& sweep, char* base, Workspace& space) {
   const int64_t x_tile = smaller(round_up(sweep.x_count, kStrip), sweep.tile);
   const int64_t y_tile = smaller(round_up(sweep.y.rows, kPanel), sweep.tile);
   space.x_buffer = take(x_tile * row_pitch(words));
-  space.y_buffer = take(y_tile * row_pitch(words));
+  space.y_buffer = take(kPanel * row_pitch(words));
   space.x_slices = take(slices_size<Dot>(x_tile, sweep.x.depth));
   space.y_slices = take(slices_size<Dot>(y_tile, sweep.y.depth));
   space.y_panels = take(y_tile * words);
@@ -178,16 +178,24 @@ inline Rows prepare_rows(const Matrix& matrix, const int64_t* index, int64_t beg
 
 template <class Dot>
 inline void prepare_columns(const Sweep& sweep, const Tile& tile, bool slices, Workspace& space) {
-  const int64_t padded = round_up(tile.columns, kPanel);
-  const Rows y = prepare_rows<Dot>(sweep.y, nullptr, tile.column, tile.columns, kPanel, space.y_buffer);
-  pack_panels(y, padded, row_words<Dot>(sweep.y.depth), space.y_panels);
-  if (slices) pack_slices<Dot>(y, padded, sweep.y.depth, space.y_slices);
+  const int64_t words = row_words<Dot>(sweep.y.depth);
+  const int64_t slice_words = round_up(tile.columns, kPanel) / Dot::kPairs * kPanel;
+  // A panel after the other, so that its rows are read from afar once.
+  for (int64_t c = 0; c < tile.columns; c += kPanel) {
+    const Rows y =
+        prepare_rows<Dot>(sweep.y, nullptr, tile.column + c, smaller(tile.columns - c, kPanel), kPanel, space.y_buffer);
+    pack_panels(y, kPanel, words, space.y_panels + c * words);
+    if (slices) {
+      pack_slices<Dot>(y, kPanel, sweep.y.depth, slice_words, space.y_slices + c / Dot::kPairs * kPanel);
+    }
+  }
 }
 
 template <class Dot>
 inline void prepare_tile_rows(const Sweep& sweep, const Tile& tile, bool slices, Workspace& space) {
   space.x = prepare_rows<Dot>(sweep.x, sweep.x_index, tile.row, tile.rows, kStrip, space.x_buffer);
-  if (slices) pack_slices<Dot>(space.x, round_up(tile.rows, kStrip), sweep.x.depth, space.x_slices);
+  const int64_t padded = round_up(tile.rows, kStrip);
+  if (slices) pack_slices<Dot>(space.x, padded, sweep.x.depth, padded / Dot::kPairs * kPanel, space.x_slices);
 }
 
 // What the exponential needs to know of the scale. An excluded pair's dot must become a logit of -inf, so a scale of
@@ -243,6 +251,11 @@ inline void for_each_strip(const Sweep& sweep, const Tile& tile, const Workspace
       strip.dots = space.logits + (whole_tile ? row * kTilePitch : 0) + strip.column;
       const float* left = space.x.words + row * space.x.pitch + begin;
       for (int64_t v = 0; v < strip.vectors; v += 2) {
+        // The next strip is fetched meanwhile, a row with each panel.
+        if (v / 2 < kStrip && row + kStrip < tile.rows) {
+          const float* ahead = left + (kStrip + v / 2) * space.x.pitch;
+          for (int64_t k = 0; k < cut; k += 16) __builtin_prefetch(ahead + k);
+        }
         const float* right = space.y_panels + (strip.column + v * kLanes) * words + begin * kPanel;
         if (v + 1 < strip.vectors) {
           multiply_strip<Dot, Layout::kRowMajor, 2>(left, space.x.pitch, right, kPanel, cut, begin > 0,
