@@ -84,4 +84,9 @@ std::string selected_level();
 // operands of `dtype`, with nothing to load or store. Takes some 30 ms.
 double peak_flops(Dtype dtype);
 
+#ifdef FASTCL_COUNT_MULTIPLY_ADDS
+// What the micro-kernel has done so far, for the test that holds the engine to its passes.
+int64_t counted_multiply_adds();
+#endif
+
 }  // namespace fastcl::cpu

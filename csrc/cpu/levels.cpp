@@ -1,5 +1,8 @@
 // Which instruction-set level runs: the best this machine supports, or the one named by $FASTCL_CPU_LEVEL.
 #include <chrono>
+#ifdef FASTCL_COUNT_MULTIPLY_ADDS
+#include <atomic>
+#endif
 #include <cstdlib>
 #include <stdexcept>
 
@@ -52,6 +55,13 @@ std::vector<std::string> available_levels() {
 }
 
 std::string selected_level() { return selected().name; }
+
+#ifdef FASTCL_COUNT_MULTIPLY_ADDS
+static std::atomic<int64_t> multiply_adds{0};
+
+void count_multiply_adds(int64_t count) { multiply_adds += count; }
+int64_t counted_multiply_adds() { return multiply_adds; }
+#endif
 
 double peak_flops(Dtype dtype) {
   using Clock = std::chrono::steady_clock;

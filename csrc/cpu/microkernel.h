@@ -39,11 +39,22 @@ struct BFloat16Dot {
 // Where LEFT[row, k] lies: row-major has its `pitch` between rows, column-major between values of k.
 enum class Layout { kRowMajor, kColumnMajor };
 
+}  // namespace
+
+#ifdef FASTCL_COUNT_MULTIPLY_ADDS
+void count_multiply_adds(int64_t count);
+#endif
+
+namespace {
+
 // Not inlined: the loop gets all registers to itself. Sums are added to OUT at the end, which is fetched meanwhile.
 template <class Dot, Layout kLayout, int kVectors>
 [[gnu::noinline]] void multiply_strip(const float* left, ptrdiff_t left_pitch, const float* right,
                                       ptrdiff_t right_pitch, int64_t depth, bool accumulate, float* out,
                                       ptrdiff_t out_pitch) {
+#ifdef FASTCL_COUNT_MULTIPLY_ADDS
+  count_multiply_adds(depth * Dot::kPairs * kStrip * kVectors * kLanes);
+#endif
   for (int r = 0; accumulate && r < kStrip; ++r) {
     for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + r * out_pitch + v * kLanes, 1);
   }

@@ -141,7 +141,7 @@ inline void prepare_scaled_rows(const Sweep& sweep, const Tile& tile, PanelSpace
     }
     std::memset(buffer + filled, 0, sizeof(float) * (pitch - filled));
   }
-  pack_slices<Dot>({space.tile.x_buffer, pitch}, padded, depth, space.tile.x_slices);
+  pack_slices<Dot>({space.tile.x_buffer, pitch}, padded, depth, padded / Dot::kPairs * kPanel, space.tile.x_slices);
 }
 
 // What the terms are worth over a row's exceptional pairs.

@@ -45,7 +45,7 @@ int64_t panel_rows(const Sweep& sweep, bool kept) {
   constexpr int64_t kPanelBytes = int64_t{32} << 20;
   constexpr int64_t kUnit = 48;
   // Each panel packs all of y, so the higher the better, as long as threads share the panels evenly.
-  constexpr int64_t kEnough = 24;
+  constexpr int64_t kEnough = 18;
   constexpr int64_t kTooFew = 4;
   const int64_t rows = sweep.x.rows;
   const int64_t columns = sweep.y.rows;

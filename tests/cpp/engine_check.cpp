@@ -185,6 +185,56 @@ double check_cross_entropy(const Case& c, const Workers& workers) {
   return error;
 }
 
+// Sweeps of n * m * depth multiply-adds that a softmax loss takes with its gradient, counted in the micro-kernel.
+double passes(bool symmetric, bool columns, bool frozen) {
+  // A multiple of every tile, strip and panel, so that nothing is padding.
+  constexpr int64_t n = 3072;
+  constexpr int64_t depth = 32;
+  std::mt19937 generator(13);
+  const std::vector<float> a = random_rows(n, depth, generator);
+  const std::vector<float> b = random_rows(n, depth, generator);
+  Problem problem{};
+  problem.a = matrix(a, n, depth);
+  problem.b = symmetric ? problem.a : matrix(b, n, depth);
+  problem.symmetric = symmetric;
+  problem.scale = 5;
+  problem.shift = problem.scale * (1 + 1.0f / 128) - (80 - std::log(static_cast<float>(n)));
+  problem.flag_below = std::log(1e6f * n * 1.17549435e-38f);
+  std::vector<int64_t> target(n);
+  for (int64_t i = 0; i < n; ++i) target[i] = (i + n / 2) % n;
+  problem.target = target.data();
+  const PairTerm negatives{Reduce::kLogSumExp, Test::kForbidden, Test::kForbidden};
+  problem.row_terms = {negatives, {Reduce::kSum, Test::kAbsent, Test::kRequired}};
+  if (columns) problem.column_terms = {negatives};
+  std::vector<float> rows(2 * n), column(n), product_a(n * depth), product_b(n * depth);
+  const int64_t before = fastcl::cpu::counted_multiply_adds();
+  fastcl::cpu::cross_entropy(problem, threads(2), {nullptr, nullptr}, {rows.data(), column.data()}, product_a.data(),
+                             symmetric || frozen ? nullptr : product_b.data(), nullptr);
+  return static_cast<double>(fastcl::cpu::counted_multiply_adds() - before) / (static_cast<double>(n) * n * depth);
+}
+
+// The floors, and the part of the diagonal's tiles that whole strips and panels take beyond the triangle.
+int check_passes(const std::string& level) {
+  struct Expected {
+    const char* name;
+    bool symmetric, columns, frozen;
+    double passes, padding;
+  };
+  const Expected plans[] = {{"NT-Xent", true, false, false, 2, 0.05},
+                            {"CLIP", false, true, false, 4, 0},
+                            {"InfoNCE", false, false, false, 3, 0},
+                            {"InfoNCE with frozen keys", false, false, true, 2, 0}};
+  int failures = 0;
+  for (const Expected& plan : plans) {
+    const double counted = passes(plan.symmetric, plan.columns, plan.frozen);
+    if (counted < plan.passes - 1e-9 || counted > plan.passes + plan.padding + 1e-9) {
+      std::printf("%s: %s takes %g passes, expected %g\n", level.c_str(), plan.name, counted, plan.passes);
+      ++failures;
+    }
+  }
+  return failures;
+}
+
 }  // namespace
 
 int main() {
@@ -206,6 +256,7 @@ int main() {
         }
       }
     }
+    failures += check_passes(level);
     std::printf("%s: done\n", level.c_str());
   }
   return failures != 0;

@@ -12,7 +12,7 @@ for sanitizers in address,undefined thread; do
   mkdir -p "$copy"
   cp -r csrc fastcl tests setup.py pyproject.toml README.md LICENSE "$copy"
   rm -f "$copy"/fastcl/*.so
-  flags="-fsanitize=$sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer -O2 -g1"
+  flags="-fsanitize=$sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer -O2 -g1 -DFASTCL_COUNT_MULTIPLY_ADDS"
   (
     cd "$copy"
     FASTCL_BUILD=1 CFLAGS=$flags CXXFLAGS=$flags LDFLAGS=$flags "$python" setup.py -q build_ext --inplace
