@@ -166,13 +166,17 @@ class _ValueAndGradients(torch.autograd.Function):
     """The derivative; as a class it costs a small batch less than registered with the operator."""
 
     @staticmethod
-    def forward(ctx, a, b, scale, target, positive, weights, options):
+    def forward(a, b, scale, target, positive, weights, options):
         run = torch.ops.fastcl.cross_entropy if isinstance(options, str) else _compute
-        loss, *others = run(a, b, scale, target, positive, weights, options)
+        return run(a, b, scale, target, positive, weights, options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, b, scale, _, positive, *_ = inputs
+        _, *others = output
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a, b, scale, positive, *others[2:])
-        return loss, *others
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
@@ -180,20 +184,22 @@ class _ValueAndGradients(torch.autograd.Function):
         results = [None] * 7
         for at, x, gradient in zip((0, 1, 2, 4), (a, b, scale, positive), gradients, strict=True):
             if ctx.needs_input_grad[at] and grad_loss is not None:
-                scaled = torch.ops.fastcl.first_derivative(gradient, x) if torch.is_grad_enabled() else gradient
+                scaled = _FirstDerivative.apply(gradient, x) if torch.is_grad_enabled() else gradient
                 results[at] = (scaled * grad_loss).to(x.dtype)
         return tuple(results)
 
 
-@torch.library.custom_op("fastcl::first_derivative", mutates_args=())
-def _first_derivative(gradient: Tensor, x: Tensor) -> Tensor:
-    """``gradient``, which depends on ``x`` in a way that autograd doesn't know: its own derivative is refused."""
-    return gradient.clone()
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient that depends on ``x`` in a way that autograd doesn't know: its own derivative is refused."""
 
+    @staticmethod
+    def forward(gradient, x):
+        return gradient.clone()
 
-@_first_derivative.register_fake
-def _(gradient, x):
-    return torch.empty_like(gradient)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
-
-_first_derivative.register_autograd(refuse_double_backward)
+    @staticmethod
+    def backward(ctx, *grads):
+        refuse_double_backward(ctx, *grads)

@@ -78,7 +78,6 @@ def test_opcheck_of_the_softmax_operator(plan: Plan, backend: str) -> None:
     # The gradients that are made with the value are not for a caller to differentiate, as the check would do.
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.fastcl.cross_entropy, arguments, test_utils=checks)
-    torch.library.opcheck(torch.ops.fastcl.first_derivative, (torch.randn(3, 2), a.detach()))
 
 
 @EACH_LOSS
@@ -176,3 +175,14 @@ def test_second_derivative_raises(loss: Loss, reduction: str) -> None:
     first = torch.autograd.grad(value, features[0], create_graph=True)[0]
     with pytest.raises(RuntimeError, match="differentiated once"):
         torch.autograd.grad(first.square().sum(), features[0])
+
+
+@EACH_LOSS
+def test_functional_gradient(loss: Loss) -> None:
+    """torch.func, whose gradients are graphs themselves."""
+    features = make_features(loss, 12, 5, torch.float32)
+    tau = torch.tensor(0.5, requires_grad=True)
+    expected = torch.autograd.grad(loss.call(features, tau, reduction="mean"), features[0])[0]
+    others = [x.detach() for x in features[1:]]
+    got = torch.func.grad(lambda x: loss.call([x, *others], tau.detach(), reduction="mean"))(features[0].detach())
+    torch.testing.assert_close(got, expected)
