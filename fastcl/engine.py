@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcl.backends import Backend, cpu, cuda, dense, tiled, triton
-from fastcl.terms import Operands, Plan, Statistics
+from fastcl.terms import Operands, Plan, Products, Statistics
 
 logger = logging.getLogger("fastcl")
 
@@ -71,7 +71,6 @@ def select(plan: Plan, operands: Operands, name: str | None = None) -> str:
 
 def statistics(plan: Plan, operands: Operands, backend: str | None = None) -> Statistics:
     """All terms of ``plan`` from one sweep over S."""
-    _warn_if_ranks_are_apart()
     with _plain_arithmetic(operands):
         return BACKENDS[select(plan, operands, backend)].statistics(plan, operands)
 
@@ -92,14 +91,36 @@ def gradient(
     The scale's gradient falls out of either product, so it costs a product only where neither was asked for.
     """
     wants_a = needs_a or (needs_scale and not needs_b)
+    raw = products(plan, operands, statistics, incoming, needs_a=wants_a, needs_b=needs_b, backend=backend)
+    return finish(plan, operands, raw, needs_a=needs_a, needs_b=needs_b, needs_scale=needs_scale)
+
+
+def products(
+    plan: Plan,
+    operands: Operands,
+    statistics: Statistics,
+    incoming: Statistics,
+    *,
+    needs_a: bool,
+    needs_b: bool,
+    backend: str | None = None,
+) -> Products:
+    """The gradient's products in the accumulation dtype; those of disjoint tiles add up to those of their union."""
     with _plain_arithmetic(operands):
-        products = BACKENDS[select(plan, operands, backend)].gradient(
-            plan, operands, statistics, incoming, wants_a, needs_b
+        return BACKENDS[select(plan, operands, backend)].gradient(
+            plan, operands, statistics, incoming, needs_a, needs_b
         )
+
+
+def finish(
+    plan: Plan, operands: Operands, products: Products, *, needs_a: bool, needs_b: bool, needs_scale: bool
+) -> Gradients:
+    """The gradients that complete products stand for; overwrites the products."""
+    with _plain_arithmetic(operands):
         grad_scale = None
         if needs_scale:
             # S = scale * A @ B.T, so d/dscale is the sum of W * (A @ B.T); a symmetric product counts it twice.
-            x, product = (operands.a, products.a) if wants_a else (operands.keys, products.b)
+            x, product = (operands.keys, products.b) if products.a is None else (operands.a, products.a)
             grad_scale = _inner_product(x, product) * (0.5 if plan.symmetric else 1.0)
         return Gradients(
             products.a.mul_(operands.scale).to(operands.a.dtype) if needs_a else None,
@@ -137,7 +158,8 @@ def _warn_if_slow(chosen: str, device: str) -> None:
         )
 
 
-def _warn_if_ranks_are_apart() -> None:
+def warn_if_ranks_are_apart() -> None:
+    """Say, once, that a call without a process group shares nothing between the ranks that there are."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _warn_of_ranks(torch.distributed.get_world_size())
 
@@ -147,7 +169,7 @@ def _warn_of_ranks(ranks: int) -> None:
     if ranks > 1:
         warnings.warn(
             f"fastcl computes each rank's loss over that rank's own batch: negatives are not shared between the "
-            f"{ranks} ranks of the process group.",
+            f"{ranks} ranks of the process group. Pass group=torch.distributed.group.WORLD to share them.",
             RuntimeWarning,
             stacklevel=2,
         )
