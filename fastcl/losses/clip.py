@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_choice, check_pair, check_scalar
-from fastcl.losses.common import REDUCTIONS, LossStats, normalize_rows, reduce_loss, softmax_loss, summarize
+from fastcl.losses.common import (
+    REDUCTIONS,
+    LossStats,
+    describe_call,
+    normalize_rows,
+    reduce_loss,
+    softmax_loss,
+    summarize,
+)
 from fastcl.pairwise import pairwise
 from fastcl.terms import Axis, Mask, Reduce, Term
 
@@ -29,6 +38,8 @@ def clip_loss(
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
     r"""The symmetric cross entropy of matching images and texts.
 
@@ -49,9 +60,14 @@ def clip_loss(
         reduction: "mean", "sum", or "none" for [B].
         return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
         backend: insist on one of :func:`fastcl.list_backends`.
+        group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
+            length, or be empty; see Returns.
+        exchange: how the ranks' features travel: "ring", "gather", or "auto" by their size (docs/many-ranks.md).
 
     Returns:
         The loss in float32 (float64 for float64 features). A batch of one pair has no negatives, loss 0 and gradient 0.
+        With a ``group``, "mean" and "sum" are over the rows of all ranks, the same on each, and "none" is this rank's
+        rows; after the usual mean of gradients over ranks, all gradients are those of the loss of the union.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
@@ -71,7 +87,9 @@ def clip_loss(
     if logit_bias is not None:
         check_scalar("logit_bias", logit_bias, positive=False)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_pair("image_features", image_features, "text_features", text_features, same_rows=True)
+    check_pair(
+        "image_features", image_features, "text_features", text_features, same_rows=True, may_be_empty=group is not None
+    )
     if normalize:
         image_features, text_features = normalize_rows(image_features), normalize_rows(text_features)
     by_row, by_column, positive, *hardest = pairwise(
@@ -82,14 +100,17 @@ def clip_loss(
         logit_bias,
         norm_bound=1.0 if normalize else None,
         backend=backend,
+        group=group,
+        exchange=exchange,
+        call=describe_call("clip_loss", normalize=normalize, reduction=reduction, return_stats=return_stats),
     )
     loss = 0.5 * (softmax_loss(by_row, positive) + softmax_loss(by_column, positive))
-    loss = reduce_loss(loss, reduction)
+    loss = reduce_loss(loss, reduction, group)
     if not return_stats:
         return loss
     if logit_bias is not None:
         positive, hardest = positive - logit_bias, [negative - logit_bias for negative in hardest]
-    return loss, summarize(positive, hardest, None, logit_scale)
+    return loss, summarize(positive, hardest, None, logit_scale, group)
 
 
 def reference(

@@ -5,10 +5,12 @@ May import :mod:`fastcl.terms` and :mod:`fastcl.checks`.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from fastcl.terms import accumulation_dtype
@@ -52,23 +54,46 @@ def softmax_loss(negatives: Tensor, positive: Tensor) -> Tensor:
     return F.softplus(negatives - positive, threshold=40.0)
 
 
-def reduce_loss(loss: Tensor, reduction: str) -> Tensor:
-    """Mean, sum or nothing."""
-    if reduction == "mean":
-        return loss.mean()
-    return loss.sum() if reduction == "sum" else loss
+def reduce_loss(loss: Tensor, reduction: str, group: ProcessGroup | None = None) -> Tensor:
+    """Mean, sum or nothing; the mean and the sum are over the rows of all ranks of the group."""
+    if reduction == "none":
+        return loss
+    if group is None:
+        return loss.mean() if reduction == "mean" else loss.sum()
+    total, count = over_ranks(torch.stack((loss.sum(), loss.new_full((), loss.shape[0]))), "sum", group).unbind()
+    return total / count if reduction == "mean" else total
 
 
-def summarize(positive: Tensor, hardest: list[Tensor], has_positive: Tensor | None, scale: float | Tensor) -> LossStats:
+def describe_call(loss: str, **options: object) -> str:
+    """What the ranks of a group must agree on besides their tensors, for the error that says where they don't."""
+    return "\n".join(f"{name}={value}" for name, value in (("loss", loss), *options.items()))
+
+
+def over_ranks(x: Tensor, operation: str, group: ProcessGroup | None) -> Tensor:
+    """The "sum" or "max" over the ranks of the group, if there is one."""
+    return x if group is None else torch.ops.fastcl.reduce_over_ranks(x, operation, group.group_name)
+
+
+def summarize(
+    positive: Tensor,
+    hardest: list[Tensor],
+    has_positive: Tensor | None,
+    scale: float | Tensor,
+    group: ProcessGroup | None = None,
+) -> LossStats:
     """LossStats from the positives' logits and, for each direction, the largest negative logit of each row."""
     positive = positive.detach()
     scale = torch.as_tensor(scale, dtype=positive.dtype, device=positive.device).detach()
     valid = torch.ones_like(positive, dtype=torch.bool) if has_positive is None else has_positive
-    count = valid.sum().clamp_min(1)
-    correct = torch.stack([((positive > negative) & valid).sum() / count for negative in hardest])
+    sums = [valid.sum(), positive.where(valid, positive.new_zeros(())).sum()]
+    sums += [((positive > negative) & valid).sum() for negative in hardest]
+    count, similarity, *correct = over_ranks(torch.stack([x.to(positive.dtype) for x in sums]), "sum", group).unbind()
+    nothing = positive.new_full((1,), -math.inf)
+    largest = torch.cat([nothing, *hardest]).amax()
+    count = count.clamp_min(1)
     return LossStats(
-        accuracy=correct.mean(),
-        positive_similarity=positive.where(valid, positive.new_zeros(())).sum() / count / scale,
-        hardest_negative=torch.stack([negative.amax() for negative in hardest]).amax() / scale,
+        accuracy=torch.stack(correct).mean() / count,
+        positive_similarity=similarity / count / scale,
+        hardest_negative=over_ranks(largest, "max", group) / scale,
         scale=scale,
     )
