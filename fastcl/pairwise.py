@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -92,14 +93,14 @@ def pairwise(
     operands = (a, b, _as_tensor(scale, dtype, a.device), target, plan.encode(), norm_bound)
     if group is None:
         rows, columns = torch.ops.fastcl.pairwise_statistics(*operands, row0, col0, backend)
-        count = functools.partial(admitted_count, n=len(a), m=len(a if b is None else b), row0=row0, col0=col0)
+        count = functools.partial(admitted_count, row0=row0, col0=col0)
     else:
         check_group("group", group)
         call = "\n".join((call, *_agreement(a, b, scale, bias)))
-        rows, columns, shards = torch.ops.fastcl.statistics_over_ranks(
+        rows, columns, lengths = torch.ops.fastcl.statistics_over_ranks(
             *operands, backend, group.group_name, exchange, call
         )
-        count = functools.partial(_admitted_over_ranks, symmetric=b is None, shards=shards, group=group)
+        count = functools.partial(_admitted_over_ranks, symmetric=b is None, lengths=lengths, rank=group.rank())
     values = {Axis.ROW: iter(rows.unbind()), Axis.COLUMN: iter(columns.unbind())}
     results = []
     for term in plan.terms:
@@ -107,7 +108,8 @@ def pairwise(
         if bias is not None:
             shift = _as_tensor(bias, dtype, a.device)
             if term.reduce is Reduce.SUM:
-                shift = shift * count(term, target=target, device=a.device)
+                n, m = len(a), len(a if b is None else b)
+                shift = shift * count(term, n=n, m=m, target=target, device=a.device)
             value = value + shift
         results.append(value.detach() if term.reduce is Reduce.MAX else value)
     return tuple(results)
@@ -141,20 +143,27 @@ def admitted_count(
 
 
 def _admitted_over_ranks(
-    term: Term, *, target: Tensor | None, device: torch.device, symmetric: bool, shards: Tensor, group: ProcessGroup
+    term: Term,
+    *,
+    n: int,
+    m: int,
+    target: Tensor | None,
+    device: torch.device,
+    symmetric: bool,
+    lengths: Tensor,
+    rank: int,
 ) -> Tensor:
-    rank = group.rank()
-    (*before, n), (*_, m) = (lengths[: rank + 1] for lengths in shards.tolist())
-    rows, columns = shards.sum(dim=1).tolist()
+    """The same for this rank's rows (or columns) of the global matrix; tensor arithmetic, for torch.compile's sake."""
+    rows, columns = lengths.sum(dim=1).unbind()
+    row0, col0 = lengths[:, :rank].sum(dim=1).unbind()
     if symmetric:
         own = admitted_count(term, n=n, m=n, target=target, row0=0, col0=0, device=device)
         return own if term.mask.is_sparse else own + (rows - n)
     if term.axis is Axis.ROW:
-        return admitted_count(term, n=n, m=columns, target=target, row0=sum(before), col0=0, device=device)
+        return admitted_count(term, n=n, m=columns, target=target, row0=row0, col0=0, device=device)
     if term.mask.target is not None:
         raise ValueError(f"bias must be None with {term}: how many targets a column has is known to no rank")
-    col0 = int(shards[1, :rank].sum())
-    return admitted_count(term, n=rows, m=m, target=None, row0=0, col0=col0, device=device)
+    return admitted_count(replace(term, axis=Axis.ROW), n=m, m=rows, target=None, row0=col0, col0=0, device=device)
 
 
 def _agreement(a: Tensor, b: Tensor | None, scale: float | Tensor, bias: float | Tensor | None) -> tuple[str, str, str]:

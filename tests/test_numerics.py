@@ -192,7 +192,7 @@ def test_tiny_batches(backend: str, pairs: int) -> None:
 @BACKENDS
 @pytest.mark.parametrize("above", [70.0, 82.0, 88.0, 95.0, 101.0])
 def test_statistic_far_above_the_shift(backend: str, above: float) -> None:
-    """exp(S - L) is right where L, merged with other shards', is so far above the shift c that exp(c - L) is denormal."""
+    """exp(S - L) is right where L, merged with others', is so far above the shift c that exp(c - L) underflows."""
     a, b = unit(16, 8, "rows"), unit(16, 8, "columns")
     plan = Plan.decode("general lse:row:** lse:column:**")
     operands = Operands(a, b, torch.tensor(1.0), norm_bound=1.0)
