@@ -42,9 +42,7 @@ class Ranks:
         """The rows of all ranks, one after the other; ``lengths`` says how many each has."""
         longest = max(lengths)
         mine = x if len(x) == longest else torch.cat((x, x.new_zeros(longest - len(x), *x.shape[1:])))
-        result = x.new_empty(self.size * longest, *x.shape[1:])
-        with self._explained("all_gather"):
-            dist.all_gather_into_tensor(result, mine.contiguous(), group=self.group)
+        result = self._collective("all_gather_into_tensor", mine, self.size)
         if min(lengths) == longest:
             return result
         return torch.cat([part[:length] for part, length in zip(result.split(longest), lengths, strict=True)])
@@ -57,25 +55,22 @@ class Ranks:
             for place, part in zip(padded, x.split(list(lengths)), strict=True):
                 place[: len(part)] = part
             x = padded.flatten(0, 1)
-        result = x.new_empty(longest, *x.shape[1:])
-        with self._explained("reduce_scatter"):
-            dist.reduce_scatter_tensor(result, x, group=self.group)
-        return result[: lengths[self.rank]]
+        return self._collective("reduce_scatter_tensor", x, "sum", self.size)[: lengths[self.rank]]
 
     def all_to_all(self, x: Tensor, lengths: Sequence[int]) -> Sequence[Tensor]:
         """From each rank, in their order, the part of its ``x`` that is this rank's."""
         mine = [lengths[self.rank]] * self.size
-        result = x.new_empty(sum(mine), *x.shape[1:])
-        with self._explained("all_to_all"):
-            dist.all_to_all_single(result, x.contiguous(), mine, list(lengths), group=self.group)
-        return result.split(mine)
+        return self._collective("all_to_all_single", x, mine, list(lengths)).split(mine)
 
     def all_reduce(self, x: Tensor, operation: str) -> Tensor:
         """The "sum" or "max" over ranks."""
-        result = x.detach().clone()
-        with self._explained("all_reduce"):
-            dist.all_reduce(result, getattr(dist.ReduceOp, operation.upper()), group=self.group)
-        return result
+        return self._collective("all_reduce", x.detach(), operation)
+
+    def _collective(self, name: str, x: Tensor, *arguments: object) -> Tensor:
+        functional = torch.ops._c10d_functional
+        with self._explained(name):
+            started = getattr(functional, name)(x.contiguous(), *arguments, self.group.group_name)
+            return functional.wait_tensor(started)
 
     def swap(self, send: Sequence[Tensor], to: int, receive: Sequence[Tensor], source: int) -> Swap:
         """Start to send to one rank, and to receive from another, which does the same at the same time."""
