@@ -129,12 +129,12 @@ class Shards:
         def visit(first: int, stop: int, tensors: Sequence[Tensor]) -> Tensor | None:
             keys, *vectors = tensors
             vectors = vectors or [keys.new_empty(len(keys), 0, dtype=own.accumulation_dtype)] * 2
-            product_b = keys.new_zeros(keys.shape, dtype=own.accumulation_dtype) if returns else None
+            product_b = None
             for tile, operands in self._meetings(first, stop, keys):
                 columns = _shift(tile.columns, -first)
                 if tile.plan.symmetric:
                     found = compute(tile.plan, operands, statistics, incoming, needs_a=True, needs_b=False)
-                    product_b[columns] += found.a
+                    product_b = _add_rows(product_b, found.a, columns, len(keys))
                     continue
                 of_rows = (x[:, tile.rows].contiguous() for x in row_vectors)
                 of_columns = (x[columns].T.contiguous() for x in vectors)
@@ -143,7 +143,9 @@ class Shards:
                 if needs_a:
                     product_a[tile.rows] += found.a
                 if returns:
-                    product_b[columns] += found.b
+                    product_b = _add_rows(product_b, found.b, columns, len(keys))
+            if returns and product_b is None:
+                product_b = keys.new_zeros(keys.shape, dtype=own.accumulation_dtype)
             return product_b
 
         luggage = [x.T.contiguous() for x in seen_vectors] if self._seen_terms else []
@@ -202,6 +204,16 @@ def _joined(found: Sequence[Tile], first: int, stop: int) -> list[Tile]:
 
 def _shift(span: slice, by: int) -> slice:
     return slice(span.start + by, span.stop + by)
+
+
+def _add_rows(total: Tensor | None, part: Tensor, rows: slice, length: int) -> Tensor:
+    """``total[rows] += part``, where None stands for zeros, without a copy of a part that is the whole."""
+    if total is None:
+        if len(part) == length:
+            return part
+        total = part.new_zeros(length, part.shape[1])
+    total[rows] += part
+    return total
 
 
 def _neutral(terms: Sequence[Term], length: int, operands: Operands) -> Tensor:

@@ -22,6 +22,7 @@ Visit = Callable[[int, int, Sequence[Tensor]], "Tensor | None"]
 """``visit(first, stop, tensors)`` looks at the rows ``first:stop`` of everybody's tensors, and may return something
 with a row for each of them."""
 Merge = Callable[[Tensor, Tensor], Tensor]
+"""How two contributions become one; may overwrite the first."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,7 @@ class Ranks:
 
     def swap(self, send: Sequence[Tensor], to: int, receive: Sequence[Tensor], source: int) -> Swap:
         """Start to send to one rank, and to receive from another, which does the same at the same time."""
-        to, source = to % self.size, source % self.size
-        operations = [dist.P2POp(dist.isend, x.contiguous(), group=self.group, group_peer=to) for x in send]
-        operations += [dist.P2POp(dist.irecv, x, group=self.group, group_peer=source) for x in receive]
-        with self._explained("send and receive"):
-            return Swap(self, operations, dist.batch_isend_irecv(operations), receive)
+        return Swap(self, [x.contiguous() for x in send], to % self.size, receive, source % self.size)
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
@@ -92,21 +89,23 @@ class Ranks:
             ) from error
 
 
-@dataclass(frozen=True)
 class Swap:
-    """An exchange in flight. It holds on to what is being sent, which must not change before :meth:`wait` returns."""
+    """An exchange in flight; what is being sent must not change before :meth:`wait` returns."""
 
-    ranks: Ranks
-    operations: Sequence[dist.P2POp]
-    requests: Sequence[dist.Work]
-    received: Sequence[Tensor]
+    def __init__(self, ranks: Ranks, send: Sequence[Tensor], to: int, receive: Sequence[Tensor], source: int) -> None:
+        self._ranks, self._sent, self._received = ranks, send, receive
+        operations = [dist.P2POp(dist.isend, x, group=ranks.group, group_peer=to) for x in send]
+        operations += [dist.P2POp(dist.irecv, x, group=ranks.group, group_peer=source) for x in receive]
+        with ranks._explained("send and receive"):
+            self._requests = dist.batch_isend_irecv(operations)
 
     def wait(self) -> Sequence[Tensor]:
-        """What came in, for use on the current stream."""
-        with self.ranks._explained("send and receive"):
-            for request in self.requests:
+        """What came in, for use on the current stream. Lets go of what was sent."""
+        with self._ranks._explained("send and receive"):
+            for request in self._requests:
                 request.wait()
-        return self.received
+        self._sent = self._requests = ()
+        return self._received
 
 
 def meet(ranks: Ranks, call: dict[str, str], numbers: Sequence[int], device: torch.device) -> list[list[int]]:
@@ -170,7 +169,7 @@ class Ring:
     def __init__(self, ranks: Ranks, lengths: Sequence[int], hops: int) -> None:
         self.ranks, self.lengths, self.hops = ranks, lengths, hops
 
-    def run(self, own: Sequence[Tensor], visit: Visit, merge: Merge = torch.add) -> Tensor | None:
+    def run(self, own: Sequence[Tensor], visit: Visit, merge: Merge = Tensor.add_) -> Tensor | None:
         """Show ``visit`` the own shard and then ``hops`` others; the merged contributions to the own shard, if any."""
         ranks, tensors, arriving = self.ranks, own, None
         for hop in range(self.hops + 1):
@@ -184,6 +183,7 @@ class Ring:
             elif part is not None:
                 if arriving is not None:
                     part = merge(arriving.wait()[0], part)
+                    arriving = None
                 if hop < self.hops:
                     to, source, expected = ranks.rank + 1, ranks.rank - 1, following
                 else:
@@ -203,11 +203,11 @@ class Gather:
     def __init__(self, ranks: Ranks, lengths: Sequence[int]) -> None:
         self.ranks, self.lengths = ranks, lengths
 
-    def run(self, own: Sequence[Tensor], visit: Visit, merge: Merge = torch.add) -> Tensor | None:
+    def run(self, own: Sequence[Tensor], visit: Visit, merge: Merge = Tensor.add_) -> Tensor | None:
         """Show ``visit`` all shards as one; the merged contributions to the own shard, if any."""
         part = visit(0, sum(self.lengths), [self.ranks.all_gather(x, self.lengths) for x in own])
         if part is None:
             return None
-        if merge is torch.add:
+        if merge is Tensor.add_:
             return self.ranks.reduce_scatter(part, self.lengths)
         return functools.reduce(merge, self.ranks.all_to_all(part, self.lengths))
