@@ -39,7 +39,7 @@ class Machine:
     flops: float
     """floating-point operations a second of the tile engine on one rank"""
     per_tile: float
-    """seconds to start the engine on a tile, hidden by nothing"""
+    """seconds to start the engine on a tile"""
     per_node: int
     inside: Link
     """between two ranks of a node"""
@@ -100,7 +100,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One rank's step: seconds in all, of computation, of communication that nothing hides; bytes beyond the inputs."""
+    """One rank's step: seconds in all, of arithmetic, and of what arithmetic doesn't hide; bytes beyond the inputs."""
 
     seconds: float
     compute: float
@@ -140,9 +140,10 @@ def _ring(problem: Problem, machine: Machine, ranks: int) -> Prediction:
     for passes, shard, home in ((1, [features], vector), (3, [features, vector, vector], accumulators)):
         arrives = link.latency * (len(shard) - 1) + link.seconds(sum(shard))
         for hop, tile in enumerate(tiles):
-            work = machine.per_tile + passes * 2 * tile / machine.flops
+            arithmetic = passes * 2 * tile / machine.flops
+            work = machine.per_tile + arithmetic
             wire = (arrives if hop < hops else 0.0) + (link.seconds(home) if hop >= 2 else 0.0)
-            compute += work
+            compute += arithmetic
             seconds += max(work, wire) if machine.overlaps else work + wire
         seconds += link.seconds(home) if hops else 0.0
     traffic = Traffic(6 * hops, hops * (2 * features + 3 * vector + accumulators))
@@ -156,11 +157,11 @@ def _gather(problem: Problem, machine: Machine, ranks: int) -> Prediction:
     rows, link = problem.rows / ranks, machine.collective(ranks)
     # All columns are one tile; of a half ring there are the diagonal one, two runs of whole ones, and a half one.
     starts = 2 * (1 if not problem.symmetric else min(ranks, 4)) * machine.per_tile
-    compute = starts + 8 * sum(_tiles(problem, ranks)) / machine.flops
+    compute = 8 * sum(_tiles(problem, ranks)) / machine.flops
     others = (ranks - 1) * rows
     features, accumulators, vector = others * problem.dim * problem.itemsize, 4 * others * problem.dim, 4 * others
     sizes = [features, vector, features, vector, vector, accumulators] if ranks > 1 else []
-    exposed = sum(link.seconds(size) for size in sizes) + _small_collectives(machine, ranks)
+    exposed = starts + sum(link.seconds(size) for size in sizes) + _small_collectives(machine, ranks)
     # All keys and the accumulators of their gradient; the rows' accumulators and a tile's product for them. A half
     # ring's few tiles add up in the keys' accumulators from a copy of their own.
     copies = 1 if not problem.symmetric else 1.5
@@ -177,7 +178,7 @@ def _small_collectives(machine: Machine, ranks: int) -> float:
 def table(problems: Sequence[Problem], machine: Machine, ranks: Sequence[int]) -> list[str]:
     """The predictions as lines of Markdown."""
     lines = [
-        "| loss | pairs | dim | GPUs | ring, s | not hidden | ring, GB | gather, s | gather, GB |",
+        "| loss | pairs | dim | GPUs | ring, s | not arithmetic | ring, GB | gather, s | gather, GB |",
         "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for problem in problems:
@@ -211,7 +212,7 @@ def draw(machine: Machine, dim: int, path: Path) -> None:
     for ranks, (thousands, gigabytes) in published.items():
         memory_axes.plot(ranks, gigabytes, "k*", markersize=9)
         memory_axes.annotate(
-            f"Inf-CL, {thousands:,}k pairs", (ranks, gigabytes), (5, 4), textcoords="offset points", fontsize=8
+            f"Inf-CL, {thousands:,}k pairs", (ranks, gigabytes), (-2, -14), textcoords="offset points", fontsize=8
         )
     for axes, name in ((time_axes, "forward + backward, s"), (memory_axes, "memory of the loss beyond its inputs, GB")):
         axes.set(yscale="log", xlabel="GPUs", ylabel=name)

@@ -7,6 +7,7 @@ autograd is the exact adjoint of the exchange: a rank's gradients are those of t
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -167,10 +168,18 @@ class Shards:
         size = self.ranks.size
         return Ring(self.ranks, self.columns, size // 2 if self.plan.symmetric else size - 1)
 
+    @functools.cached_property
+    def _tiles(self) -> list[Tile]:
+        """This rank's tiles that hold any pair and any term, by their columns."""
+        found = tiles(self.plan, self.rows, self.columns, self.ranks.rank)
+        held = (t for t in found if t.rows.start < t.rows.stop and t.columns.start < t.columns.stop and t.plan.terms)
+        return sorted(held, key=lambda tile: tile.columns.start)
+
     def _meetings(self, first: int, stop: int, keys: Tensor) -> Iterator[tuple[Tile, Operands]]:
         """This rank's tiles with the columns ``first:stop``, which are ``keys``; neighbours are taken as one."""
         own, row0 = self.operands, sum(self.rows[: self.ranks.rank])
-        for tile in _joined(tiles(self.plan, self.rows, self.columns, self.ranks.rank), first, stop):
+        start, end = (bisect.bisect_left(self._tiles, x, key=lambda tile: tile.columns.start) for x in (first, stop))
+        for tile in _joined(self._tiles[start:end]):
             if tile.plan.symmetric:
                 yield tile, own
                 continue
@@ -187,16 +196,13 @@ class Shards:
             )
 
 
-def _joined(found: Sequence[Tile], first: int, stop: int) -> list[Tile]:
-    """The tiles among the columns ``first:stop`` that hold any pair and any term, adjacent ones joined."""
+def _joined(found: Sequence[Tile]) -> list[Tile]:
+    """The same tiles, adjacent ones as one."""
     joined: list[Tile] = []
-    for tile in sorted(found, key=lambda tile: tile.columns.start):
-        plan, rows, columns = tile
-        if not (first <= columns.start < columns.stop <= stop and rows.start < rows.stop and plan.terms):
-            continue
+    for tile in found:
         last = joined[-1] if joined else None
-        if last and last[:2] == tile[:2] and last.columns.stop == columns.start and not plan.symmetric:
-            joined[-1] = Tile(plan, rows, slice(last.columns.start, columns.stop))
+        if last and last[:2] == tile[:2] and last.columns.stop == tile.columns.start:
+            joined[-1] = Tile(tile.plan, tile.rows, slice(last.columns.start, tile.columns.stop))
         else:
             joined.append(tile)
     return joined

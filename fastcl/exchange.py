@@ -172,12 +172,12 @@ class Ring:
     def run(self, own: Sequence[Tensor], visit: Visit, merge: Merge = Tensor.add_) -> Tensor | None:
         """Show ``visit`` the own shard and then ``hops`` others; the merged contributions to the own shard, if any."""
         ranks, tensors, arriving = self.ranks, own, None
+        ends = list(accumulate(self.lengths))
         for hop in range(self.hops + 1):
             owner, following = ((ranks.rank - hop - step) % ranks.size for step in (0, 1))
             if hop < self.hops:
                 shard = ranks.swap(tensors, ranks.rank + 1, self._buffers(own, following), ranks.rank - 1)
-            first = sum(self.lengths[:owner])
-            part = visit(first, first + self.lengths[owner], tensors)
+            part = visit(ends[owner] - self.lengths[owner], ends[owner], tensors)
             if hop == 0:
                 result = part
             elif part is not None:
