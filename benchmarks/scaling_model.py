@@ -136,8 +136,8 @@ def _ring(problem: Problem, machine: Machine, ranks: int) -> Prediction:
     hops, link = len(tiles) - 1, machine.neighbours(ranks)
     features, accumulators, vector = rows * problem.dim * problem.itemsize, 4 * rows * problem.dim, 4 * rows
     seconds = compute = 0.0
-    # Statistics go home as vectors; in the backward statistics and their gradients travel, and accumulators go home.
-    for passes, shard, home in ((1, [features], vector), (3, [features, vector, vector], accumulators)):
+    # Statistics go home as vectors of float64; in the backward they and their gradients travel, accumulators go home.
+    for passes, shard, home in ((1, [features], 2 * vector), (3, [features, vector, vector], accumulators)):
         arrives = link.latency * (len(shard) - 1) + link.seconds(sum(shard))
         for hop, tile in enumerate(tiles):
             arithmetic = passes * 2 * tile / machine.flops
@@ -146,7 +146,7 @@ def _ring(problem: Problem, machine: Machine, ranks: int) -> Prediction:
             compute += arithmetic
             seconds += max(work, wire) if machine.overlaps else work + wire
         seconds += link.seconds(home) if hops else 0.0
-    traffic = Traffic(6 * hops, hops * (2 * features + 3 * vector + accumulators))
+    traffic = Traffic(6 * hops, hops * (2 * features + 4 * vector + accumulators))
     # Two visitors; and of accumulators: the rows', the owner's, a tile's two products, one in, one out.
     memory = 2 * features + 6 * accumulators
     seconds += _small_collectives(machine, ranks)
@@ -160,7 +160,7 @@ def _gather(problem: Problem, machine: Machine, ranks: int) -> Prediction:
     compute = 8 * sum(_tiles(problem, ranks)) / machine.flops
     others = (ranks - 1) * rows
     features, accumulators, vector = others * problem.dim * problem.itemsize, 4 * others * problem.dim, 4 * others
-    sizes = [features, vector, features, vector, vector, accumulators] if ranks > 1 else []
+    sizes = [features, 2 * vector, features, vector, vector, accumulators] if ranks > 1 else []
     exposed = starts + sum(link.seconds(size) for size in sizes) + _small_collectives(machine, ranks)
     # All keys and the accumulators of their gradient; the rows' accumulators and a tile's product for them. A half
     # ring's few tiles add up in the keys' accumulators from a copy of their own.

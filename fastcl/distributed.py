@@ -92,7 +92,10 @@ class Shards:
     backend: str | None
 
     def statistics(self) -> Statistics:
-        """The statistics of this rank's rows, and of its columns, over the global S."""
+        """The statistics of this rank's rows, and of its columns, over the global S.
+
+        They are merged in float64, because thousands of ranks make thousands of roundings.
+        """
         own, crosses, seen_terms = self.operands, crossing(self.plan), self._seen_terms
         rows = _neutral(self.plan.rows, own.shape[0], own)
 
@@ -113,10 +116,10 @@ class Shards:
 
         returned = self._travel().run([own.keys], visit, merge_seen)
         columns = _neutral((), own.shape[1], own) if returned is None else returned.T.contiguous()
-        if not self.plan.symmetric:
-            return Statistics(rows, columns)
-        _merge_into(rows, crosses, seen_terms, columns)
-        return Statistics(rows, columns[:0])
+        if self.plan.symmetric:
+            _merge_into(rows, crosses, seen_terms, columns)
+            columns = columns[:0]
+        return Statistics(*(x.to(own.accumulation_dtype) for x in (rows, columns)))
 
     def products(self, statistics: Statistics, incoming: Statistics, *, needs_a: bool, needs_b: bool) -> Products:
         """The gradient's products for this rank's rows, and for its columns, over the global W."""
@@ -223,13 +226,13 @@ def _add_rows(total: Tensor | None, part: Tensor, rows: slice, length: int) -> T
 
 
 def _neutral(terms: Sequence[Term], length: int, operands: Operands) -> Tensor:
-    values = torch.tensor([neutral(term.reduce) for term in terms], dtype=operands.accumulation_dtype)
+    values = torch.tensor([neutral(term.reduce) for term in terms], dtype=torch.float64)
     return values.to(operands.a.device)[:, None].repeat(1, length)
 
 
 def _merge_into(values: Tensor, which: Sequence[int], terms: Sequence[Term], found: Tensor) -> None:
     for k, term, value in zip(which, terms, found, strict=True):
-        values[k] = merge(term.reduce, values[k], value)
+        values[k] = merge(term.reduce, values[k], value.to(values.dtype))
 
 
 @torch.library.custom_op("fastcl::statistics_over_ranks", mutates_args=())

@@ -372,6 +372,22 @@ def test_a_ring_holds_no_more_than_a_shard_at_a_time(worlds, plan: str) -> None:
     assert worlds(4).run(longest_matrix, plan, "gather", 32) == [128] * 4
 
 
+def chosen(rank: int, limit: int) -> str:
+    operands = Operands(torch.zeros(8, 4), torch.zeros(8, 4), torch.tensor(1.0))
+    shards = distributed.Shards(Plan(()), operands, Ranks.of(dist.group.WORLD.group_name), [8, 8], [8, 8], "auto", None)
+    before, distributed.GATHER_LIMIT = distributed.GATHER_LIMIT, limit
+    try:
+        return type(shards._travel()).__name__
+    finally:
+        distributed.GATHER_LIMIT = before
+
+
+def test_auto_gathers_while_keys_and_their_accumulators_are_small(worlds) -> None:
+    needed = 16 * 4 * (4 + 4)
+    assert worlds(2).run(chosen, needed) == ["Gather"] * 2
+    assert worlds(2).run(chosen, needed - 1) == ["Ring"] * 2
+
+
 def bits(rank: int, name: str, exchange: str, sleepers: tuple[int, ...]) -> list[bytes]:
     """Loss and gradients in float32, as bytes, with these ranks late at every tile."""
     loss, pairs = LOSSES[name], [5, 2, 6, 3]
