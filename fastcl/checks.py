@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
-def check_matrix(name: str, x: Tensor) -> None:
-    """Raise unless ``x`` is a non-empty floating [rows, dim] tensor."""
+def check_matrix(name: str, x: Tensor, *, may_be_empty: bool = False) -> None:
+    """Raise unless ``x`` is a floating [rows, dim] tensor, with at least one row unless it ``may_be_empty``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape [rows, dim], got {type(x).__name__}")
     if x.dim() != 2:
         raise ValueError(f"{name} must have 2 dimensions [rows, dim], got shape {tuple(x.shape)}")
-    if x.shape[0] == 0 or x.shape[1] == 0:
+    if (x.shape[0] == 0 and not may_be_empty) or x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one row and one column, got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
 
 
-def check_pair(name: str, x: Tensor, other_name: str, other: Tensor, *, same_rows: bool) -> None:
+def check_pair(
+    name: str, x: Tensor, other_name: str, other: Tensor, *, same_rows: bool, may_be_empty: bool = False
+) -> None:
     """Raise unless both are matrices of one dtype, device and dim (and, with ``same_rows``, one number of rows)."""
-    check_matrix(name, x)
-    check_matrix(other_name, other)
+    check_matrix(name, x, may_be_empty=may_be_empty)
+    check_matrix(other_name, other, may_be_empty=may_be_empty)
     if same_rows and x.shape != other.shape:
         raise ValueError(
             f"{name} and {other_name} must have the same shape, got {tuple(x.shape)} and {tuple(other.shape)}"
@@ -55,6 +58,14 @@ def check_target(name: str, target: Tensor, x: Tensor, n_keys: int | None = None
     readable = target.device.type == "cpu" and not torch.compiler.is_compiling()
     if n_keys is not None and readable and int(target.max()) >= n_keys:
         raise ValueError(f"{name} must hold indices below {n_keys}, got {int(target.max())}")
+
+
+def check_group(name: str, group: ProcessGroup) -> None:
+    """Raise unless ``group`` is a process group that this process belongs to."""
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(
+            f"{name} must be None or a torch.distributed.ProcessGroup that this rank belongs to, got {group!r}"
+        )
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -13,9 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from fastcl.backends import Backend, cpu, cuda, dense, tiled, triton
-from fastcl.backends.softmax import finish
-from fastcl.terms import CrossEntropy, Gradients, LossAndGradients, Needs, Operands, Plan, Statistics
+from fastcl.backends import Backend, cpu, cuda, dense, softmax, tiled, triton
+from fastcl.terms import CrossEntropy, Gradients, LossAndGradients, Needs, Operands, Plan, Products, Statistics
 
 logger = logging.getLogger("fastcl")
 
@@ -65,7 +64,6 @@ def select(plan: Plan, operands: Operands, name: str | None = None) -> str:
 
 def statistics(plan: Plan, operands: Operands, backend: str | None = None) -> Statistics:
     """All terms of ``plan`` from one sweep over S."""
-    _warn_if_ranks_are_apart()
     with _plain_arithmetic(operands):
         return BACKENDS[select(plan, operands, backend)].statistics(plan, operands)
 
@@ -82,11 +80,28 @@ def gradient(
 
     The scale's gradient falls out of either product, so it costs a product only where neither was asked for.
     """
+    return finish(plan, operands, products(plan, operands, statistics, incoming, needs, backend), needs)
+
+
+def products(
+    plan: Plan,
+    operands: Operands,
+    statistics: Statistics,
+    incoming: Statistics,
+    needs: Needs,
+    backend: str | None = None,
+) -> Products:
+    """The gradient's products in the accumulation dtype; those of disjoint tiles add up to those of their union."""
     with _plain_arithmetic(operands):
-        products = BACKENDS[select(plan, operands, backend)].gradient(
+        return BACKENDS[select(plan, operands, backend)].gradient(
             plan, operands, statistics, incoming, needs.product_a, needs.b
         )
-        found = finish(plan, operands, products, needs)
+
+
+def finish(plan: Plan, operands: Operands, products: Products, needs: Needs) -> Gradients:
+    """The gradients that complete products stand for, in the dtypes of the operands; overwrites the products."""
+    with _plain_arithmetic(operands):
+        found = softmax.finish(plan, operands, products, needs)
         return Gradients(
             found.a.to(operands.a.dtype) if needs.a else None,
             found.b.to(operands.keys.dtype) if needs.b else None,
@@ -98,7 +113,7 @@ def cross_entropy(
     plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs, backend: str | None = None
 ) -> LossAndGradients:
     """A softmax loss and the gradients that are needed, in as few sweeps as the backend can."""
-    _warn_if_ranks_are_apart()
+    warn_if_ranks_are_apart()
     with _plain_arithmetic(operands):
         return BACKENDS[select(plan, operands, backend)].cross_entropy(plan, operands, head, needs)
 
@@ -127,7 +142,8 @@ def _warn_if_slow(chosen: str, device: str) -> None:
         )
 
 
-def _warn_if_ranks_are_apart() -> None:
+def warn_if_ranks_are_apart() -> None:
+    """Say, once, that a call without a process group shares nothing between the ranks that there are."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _warn_of_ranks(torch.distributed.get_world_size())
 
@@ -137,7 +153,7 @@ def _warn_of_ranks(ranks: int) -> None:
     if ranks > 1:
         warnings.warn(
             f"fastcl computes each rank's loss over that rank's own batch: negatives are not shared between the "
-            f"{ranks} ranks of the process group.",
+            f"{ranks} ranks of the process group. Pass group=torch.distributed.group.WORLD to share them.",
             RuntimeWarning,
             stacklevel=2,
         )

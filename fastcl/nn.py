@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_scalar
 from fastcl.losses.clip import clip_loss
@@ -38,6 +39,8 @@ class _TemperatureLoss(nn.Module):
         normalize: bool = True,
         reduction: str = "mean",
         backend: str | None = None,
+        group: ProcessGroup | None = None,
+        exchange: str = "auto",
     ) -> None:
         super().__init__()
         check_scalar("temperature", temperature, positive=True)
@@ -45,7 +48,13 @@ class _TemperatureLoss(nn.Module):
         self.max_scale = max_scale
         self.fixed_temperature = None if learnable else float(temperature)
         self.logit_scale = _log_scale(temperature) if learnable else None
-        self.options = {"normalize": normalize, "reduction": reduction, "backend": backend}
+        self.options = {
+            "normalize": normalize,
+            "reduction": reduction,
+            "backend": backend,
+            "group": group,
+            "exchange": exchange,
+        }
 
     @property
     def temperature(self) -> float | Tensor:
@@ -109,6 +118,8 @@ class ClipLoss(nn.Module):
         normalize: bool = False,
         reduction: str = "mean",
         backend: str | None = None,
+        group: ProcessGroup | None = None,
+        exchange: str = "auto",
     ) -> None:
         super().__init__()
         if temperature is not None:
@@ -116,7 +127,13 @@ class ClipLoss(nn.Module):
         check_scalar("max_scale", max_scale, positive=True)
         self.max_scale = max_scale
         self.logit_scale = None if temperature is None else _log_scale(temperature)
-        self.options = {"normalize": normalize, "reduction": reduction, "backend": backend}
+        self.options = {
+            "normalize": normalize,
+            "reduction": reduction,
+            "backend": backend,
+            "group": group,
+            "exchange": exchange,
+        }
 
     def forward(
         self,

@@ -1,18 +1,21 @@
 """The public primitive: differentiable row and column statistics of S = scale * A @ B.T + bias.
 
-May import :mod:`fastcl.terms`, :mod:`fastcl.checks` and :mod:`fastcl.engine`. It owns the two torch operators, their
-fakes and their autograd; a loss only combines the vectors that come out.
+May import :mod:`fastcl.terms`, :mod:`fastcl.checks`, :mod:`fastcl.engine` and :mod:`fastcl.distributed`. It owns the
+two torch operators of one rank, their fakes and their autograd; a loss only combines the vectors that come out.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from fastcl import engine
-from fastcl.checks import check_matrix, check_pair, check_scalar, check_target
+from fastcl import distributed, engine
+from fastcl.checks import check_choice, check_group, check_matrix, check_pair, check_scalar, check_target
 from fastcl.terms import Axis, Needs, Operands, Plan, Reduce, Statistics, Term, accumulation_dtype
 
 
@@ -28,6 +31,9 @@ def pairwise(
     row0: int = 0,
     col0: int = 0,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "auto",
+    call: str = "loss=pairwise",
 ) -> tuple[Tensor, ...]:
     r"""Reductions of :math:`S_{ij} = \text{scale}\,\langle a_i, b_j\rangle + \text{bias}`, without ever holding S.
 
@@ -45,6 +51,12 @@ def pairwise(
         norm_bound: an upper bound of ``|a_i| * |b_j|`` if one is known (1 for unit vectors), to save the norms.
         row0, col0: global indices of ``a[0]`` and ``b[0]``, which ``self_pair`` and ``target`` refer to.
         backend: insist on one of :func:`fastcl.list_backends`.
+        group: a torch.distributed process group, whose ranks all make this call: ``a`` and ``b`` are this rank's shards
+            of the matrices of all ranks, in the order of the ranks, and may be empty. The results are those of this
+            rank's rows and columns. ``target`` names keys of all ranks; with ``b=None`` it names rows of this shard.
+            Gradients are those of the sum of all ranks' objectives. ``row0`` and ``col0`` must be 0.
+        exchange: "ring", "gather" or "auto", how the shards travel; see docs/many-ranks.md.
+        call: lines ``name=value`` on which, besides everything here, all ranks must agree.
 
     Returns:
         One tensor for each term, [N] or [M], in float32 (float64 for float64 features). ``MAX`` carries no gradient.
@@ -72,16 +84,25 @@ def pairwise(
     0.7918
     """
     plan = Plan(tuple(terms), symmetric=b is None)
-    check_operands(plan, a, b, scale, target, row0, col0)
+    _check_operands(plan, a, b, scale, target, row0, col0, shards=group is not None)
     if bias is not None:
         check_scalar("bias", bias, positive=False)
     dtype = accumulation_dtype(a.dtype)
     a, b = autocast(a), None if b is None else autocast(b)
     if target is not None:
         target = target.to(torch.int64)
-    rows, columns = torch.ops.fastcl.pairwise_statistics(
-        a, b, scalar_tensor(scale, dtype, a.device), target, plan.encode(), norm_bound, row0, col0, backend
-    )
+    check_choice("exchange", exchange, distributed.EXCHANGES)
+    operands = (a, b, scalar_tensor(scale, dtype, a.device), target, plan.encode(), norm_bound)
+    if group is None:
+        rows, columns = torch.ops.fastcl.pairwise_statistics(*operands, row0, col0, backend)
+        count = functools.partial(admitted_count, row0=row0, col0=col0)
+    else:
+        check_group("group", group)
+        call = "\n".join((call, *_agreement(a, b, scale, bias)))
+        rows, columns, lengths = torch.ops.fastcl.statistics_over_ranks(
+            *operands, backend, group.group_name, exchange, call
+        )
+        count = functools.partial(_admitted_over_ranks, symmetric=b is None, lengths=lengths, rank=group.rank())
     values = {Axis.ROW: iter(rows.unbind()), Axis.COLUMN: iter(columns.unbind())}
     results = []
     for term in plan.terms:
@@ -89,14 +110,15 @@ def pairwise(
         if bias is not None:
             shift = scalar_tensor(bias, dtype, a.device)
             if term.reduce is Reduce.SUM:
-                shift = shift * admitted_count(term, len(a), len(a if b is None else b), target, row0, col0, a.device)
+                n, m = len(a), len(a if b is None else b)
+                shift = shift * count(term, n=n, m=m, target=target, device=a.device)
             value = value + shift
         results.append(value.detach() if term.reduce is Reduce.MAX else value)
     return tuple(results)
 
 
 def admitted_count(
-    term: Term, n: int, m: int, target: Tensor | None, row0: int, col0: int, device: torch.device
+    term: Term, *, n: int, m: int, target: Tensor | None, row0: int, col0: int, device: torch.device
 ) -> Tensor:
     """How many pairs the term's mask admits in each row (or column) of an N x M matrix; what a SUM takes of a bias."""
     i = torch.arange(n, device=device)
@@ -122,6 +144,39 @@ def admitted_count(
     return in_both if mask.target else in_self - in_both
 
 
+def _admitted_over_ranks(
+    term: Term,
+    *,
+    n: int,
+    m: int,
+    target: Tensor | None,
+    device: torch.device,
+    symmetric: bool,
+    lengths: Tensor,
+    rank: int,
+) -> Tensor:
+    """The same for this rank's rows (or columns) of the global matrix; tensor arithmetic, for torch.compile's sake."""
+    rows, columns = lengths.sum(dim=1).unbind()
+    row0, col0 = lengths[:, :rank].sum(dim=1).unbind()
+    if symmetric:
+        own = admitted_count(term, n=n, m=n, target=target, row0=0, col0=0, device=device)
+        return own if term.mask.is_sparse else own + (rows - n)
+    if term.axis is Axis.ROW:
+        return admitted_count(term, n=n, m=columns, target=target, row0=row0, col0=0, device=device)
+    if term.mask.target is not None:
+        raise ValueError(f"bias must be None with {term}: how many targets a column has is known to no rank")
+    return admitted_count(replace(term, axis=Axis.ROW), n=m, m=rows, target=None, row0=col0, col0=0, device=device)
+
+
+def _agreement(a: Tensor, b: Tensor | None, scale: float | Tensor, bias: float | Tensor | None) -> tuple[str, str, str]:
+    """What the ranks must agree on besides the operands' dtype and dim, as lines name=value."""
+    wanted = [x is not None and isinstance(x, Tensor) and x.requires_grad for x in (a, b, scale)]
+    names = [name for name, want in zip(("rows", "keys", "scale"), wanted, strict=True) if want]
+    gradients = ", ".join(names) if names and torch.is_grad_enabled() else "nothing"
+    scale, bias = ("a tensor" if isinstance(value, Tensor) else value for value in (scale, bias))
+    return f"gradient of={gradients}", f"scale={scale}", f"bias={bias}"
+
+
 @torch.library.custom_op("fastcl::pairwise_statistics", mutates_args=())
 def _statistics(
     a: Tensor,
@@ -134,6 +189,7 @@ def _statistics(
     col0: int,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
+    engine.warn_if_ranks_are_apart()
     operands = Operands(a, b, scale, target, norm_bound, row0, col0)
     return tuple(engine.statistics(Plan.decode(plan), operands, backend))
 
@@ -215,24 +271,26 @@ _statistics.register_autograd(_backward, setup_context=_save_for_gradient)
 _gradient.register_autograd(refuse_double_backward)
 
 
-def check_operands(
+def _check_operands(
     plan: Plan,
     a: Tensor,
     b: Tensor | None,
     scale: float | Tensor,
     target: Tensor | None,
-    row0: int = 0,
-    col0: int = 0,
+    row0: int,
+    col0: int,
+    shards: bool,
 ) -> None:
-    """Raise unless the plan's operands fit it and each other."""
+    if shards and (row0 or col0):
+        raise ValueError(f"row0 and col0 must be 0 with a group, whose ranks' order says it, got {row0} and {col0}")
     if b is None:
-        check_matrix("a", a)
+        check_matrix("a", a, may_be_empty=shards)
         if plan.columns:
             raise ValueError("terms must lie along rows when b is None, since S is symmetric; got a column term")
         if row0 != col0:
             raise ValueError(f"row0 and col0 must be equal when b is None, got {row0} and {col0}")
     else:
-        check_pair("a", a, "b", b, same_rows=False)
+        check_pair("a", a, "b", b, same_rows=False, may_be_empty=shards)
     if not plan.terms:
         raise ValueError("terms must hold at least one Term, got none")
     check_scalar("scale", scale, positive=False)

@@ -1,4 +1,4 @@
-"""Imports run one way: terms <- backends <- engine <- pairwise <- cross_entropy <- losses <- nn."""
+"""Imports run one way: terms <- backends <- engine <- distributed <- pairwise <- cross_entropy <- losses <- nn."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import fastcl
 
 PACKAGE = Path(fastcl.__file__).parent
 LAYERS = (
-    ("terms", "checks", "tuning", "_C"),
+    ("terms", "checks", "exchange", "tuning", "_C"),
     ("backends",),
     ("engine",),
+    ("distributed",),
     ("pairwise",),
     ("cross_entropy",),
     ("losses",),

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import fastcl
+from fastcl import engine
 from fastcl.backends.shift import fixed_shift
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
-from fastcl.terms import Operands
+from fastcl.terms import Needs, Operands, Plan, Statistics
 from tests.cases import available_backends, relative_error, seed_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -186,3 +187,19 @@ def test_tiny_batches(backend: str, pairs: int) -> None:
     if pairs == 1:
         assert loss.item() == 0
         assert all(g.abs().max() == 0 for g in grads)
+
+
+@BACKENDS
+@pytest.mark.parametrize("above", [70.0, 82.0, 88.0, 95.0, 101.0])
+def test_statistic_far_above_the_shift(backend: str, above: float) -> None:
+    """exp(S - L) is right where L, merged with others', is so far above the shift c that exp(c - L) underflows."""
+    a, b = unit(16, 8, "rows"), unit(16, 8, "columns")
+    plan = Plan.decode("general lse:row:** lse:column:**")
+    operands = Operands(a, b, torch.tensor(1.0), norm_bound=1.0)
+    value = fixed_shift(operands, 1.0) + above
+    merged = Statistics(*(torch.full((1, 16), value) for _ in range(2)))
+    incoming = Statistics(*(torch.full((1, 16), math.exp(value)) for _ in range(2)))
+    exact = engine.products(plan, operands, merged, incoming, Needs(True, True, False), "dense")
+    found = engine.products(plan, operands, merged, incoming, Needs(True, True, False), backend)
+    for x, y in zip(found, exact, strict=True):
+        assert relative_error(x, y) < 1e-5

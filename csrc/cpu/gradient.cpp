@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t kChunk = 256;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// exp(shift - L) would lose precision beyond; only statistics merged from other shards come near.
+constexpr double kLargestExcess = 80.0;
 // Bound on the copies of a product that let a short axis occupy many threads.
 constexpr int64_t kLaneBytes = int64_t{16} << 20;
 
@@ -36,7 +38,8 @@ struct AxisFactors {
         const bool empty = l == -kInfinity;
         ratio[i] = empty ? 0.0f : static_cast<float>(std::exp(shift - l));
         value[i] = empty ? kInfinity : l;
-        if (!empty && l - problem.shift < problem.flag_below) flagged[i] = 1;
+        const double excess = l - problem.shift;
+        if (!empty && (excess < problem.flag_below || excess > kLargestExcess)) flagged[i] = 1;
       }
       dense.push_back({incoming + t * size, ratio, value});
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_choice, check_pair, check_scalar
 from fastcl.losses.common import REDUCTIONS, LossStats, softmax_loss, summarize
@@ -28,6 +29,8 @@ def clip_loss(
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
     r"""The symmetric cross entropy of matching images and texts.
 
@@ -48,9 +51,14 @@ def clip_loss(
         reduction: "mean", "sum", or "none" for [B].
         return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
         backend: insist on one of :func:`fastcl.list_backends`.
+        group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
+            length, or be empty; see Returns.
+        exchange: how the ranks' features travel: "ring", "gather", or "auto" by their size (docs/many-ranks.md).
 
     Returns:
         The loss in float32 (float64 for float64 features). A batch of one pair has no negatives, loss 0 and gradient 0.
+        With a ``group``, "mean" and "sum" are over the rows of all ranks, the same on each, and "none" is this rank's
+        rows; after the usual mean of gradients over ranks, all gradients are those of the loss of the union.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
@@ -70,7 +78,10 @@ def clip_loss(
     if logit_bias is not None:
         check_scalar("logit_bias", logit_bias, positive=False)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_pair("image_features", image_features, "text_features", text_features, same_rows=True)
+    check_pair(
+        "image_features", image_features, "text_features", text_features, same_rows=True, may_be_empty=group is not None
+    )
+    bias = "a tensor" if isinstance(logit_bias, Tensor) else logit_bias
     loss, (_, _, positive, *hardest) = softmax_loss(
         image_features,
         text_features,
@@ -79,11 +90,14 @@ def clip_loss(
         reduction=reduction,
         normalize=normalize,
         backend=backend,
+        group=group,
+        exchange=exchange,
+        call=f"loss=clip_loss\nreturn_stats={return_stats}\nlogit_bias={bias}",
     )
     if logit_bias is not None:
         # A parameter that changes nothing has a gradient of zero, not none; a NaN in it still shows.
         loss = loss + 0.0 * logit_bias
-    return (loss, summarize(positive, hardest, None, logit_scale)) if return_stats else loss
+    return (loss, summarize(positive, hardest, None, logit_scale, group)) if return_stats else loss
 
 
 def reference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_choice, check_pair, check_scalar, check_target
 from fastcl.losses.common import (
@@ -38,6 +39,8 @@ def info_nce(
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
     r"""The cross entropy of each query's positive key against all keys.
 
@@ -54,16 +57,23 @@ def info_nce(
         query: [N, D], float64, float32, bfloat16 or float16.
         key: [M, D] of the same dtype and device; M must be N unless ``target`` is given.
         tau: the temperature, a positive float or a 0-d tensor, which may require grad.
-        target: int64 [N], the index of each query's positive key, as in ``cross_entropy``. A negative index marks a
-            query without a positive: its loss is 0, it gets no gradient, and the mean still divides by N.
-        negatives: [K, D], negatives shared by all queries. Excludes ``target``.
+        target: int64 [N], the index of each query's positive key, as in ``cross_entropy``; with a ``group``, its index
+            among the keys of all ranks, one rank's after the other's. A negative index marks a query without a
+            positive: its loss is 0, it gets no gradient, and the mean still divides by N.
+        negatives: [K, D], negatives shared by all queries. Excludes ``target``. With a ``group``, the ranks' negatives
+            are shards of one queue; where each rank holds the whole queue, no ``group`` is needed.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [N].
         return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
         backend: insist on one of :func:`fastcl.list_backends`.
+        group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
+            length, or be empty; see Returns.
+        exchange: how the ranks' features travel: "ring", "gather", or "auto" by their size (docs/many-ranks.md).
 
     Returns:
         The loss in float32 (float64 for float64 features). A query without negatives has loss 0 and gradient 0.
+        With a ``group``, "mean" and "sum" are over the rows of all ranks, the same on each, and "none" is this rank's
+        rows; after the usual mean of gradients over ranks, all gradients are those of the loss of the union.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
@@ -83,16 +93,22 @@ def info_nce(
     hint = "; pass negatives with negatives=..." if isinstance(tau, Tensor) and tau.dim() == 2 else ""
     check_scalar("tau", tau, positive=True, hint=hint)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_pair("query", query, "key", key, same_rows=target is None)
+    check_pair("query", query, "key", key, same_rows=target is None, may_be_empty=group is not None)
     if target is not None:
-        check_target("target", target, query, key.shape[0])
+        check_target("target", target, query, key.shape[0] if group is None else None)
     if negatives is not None:
         if target is not None:
             raise ValueError("target and negatives exclude each other: with negatives, query i's positive is key i")
-        check_pair("query", query, "negatives", negatives, same_rows=False)
+        check_pair("query", query, "negatives", negatives, same_rows=False, may_be_empty=group is not None)
     scale = inverse(tau, query)
     has_positive = None if target is None else target >= 0
-    options = {"reduction": reduction, "backend": backend}
+    options = {
+        "reduction": reduction,
+        "backend": backend,
+        "group": group,
+        "exchange": exchange,
+        "call": f"loss=info_nce\nreturn_stats={return_stats}",
+    }
     if negatives is None:
         terms = (_SAME_INDEX if target is None else _BY_TARGET)[: 3 if return_stats else 2]
         loss, (_, positive, *hardest) = softmax_loss(
@@ -108,7 +124,7 @@ def info_nce(
         loss, (_, *hardest) = softmax_loss(
             query, negatives, terms, scale, normalize=False, positive=positive, **options
         )
-    return (loss, summarize(positive, hardest, has_positive, scale)) if return_stats else loss
+    return (loss, summarize(positive, hardest, has_positive, scale, group)) if return_stats else loss
 
 
 def reference(

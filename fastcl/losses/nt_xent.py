@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_choice, check_pair, check_scalar
 from fastcl.losses.common import (
@@ -29,6 +30,8 @@ def nt_xent(
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
     r"""The normalised temperature-scaled cross entropy of two views of a batch.
 
@@ -48,9 +51,14 @@ def nt_xent(
         reduction: "mean", "sum", or "none" for [2B]: the rows of ``z1``, then those of ``z2``.
         return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
         backend: insist on one of :func:`fastcl.list_backends`.
+        group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
+            length, or be empty; see Returns.
+        exchange: how the ranks' features travel: "ring", "gather", or "auto" by their size (docs/many-ranks.md).
 
     Returns:
         The loss in float32 (float64 for float64 features). A batch of one pair has no negatives, loss 0 and gradient 0.
+        With a ``group``, "mean" and "sum" are over the rows of all ranks, the same on each, and "none" is this rank's
+        rows; after the usual mean of gradients over ranks, all gradients are those of the loss of the union.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
@@ -66,7 +74,7 @@ def nt_xent(
     """
     check_scalar("tau", tau, positive=True)
     check_choice("reduction", reduction, REDUCTIONS)
-    check_pair("z1", z1, "z2", z2, same_rows=True)
+    check_pair("z1", z1, "z2", z2, same_rows=True, may_be_empty=group is not None)
     scale, batch = inverse(tau, z1), z1.shape[0]
     loss, (_, positive, *hardest) = softmax_loss(
         torch.cat((z1, z2)),
@@ -75,10 +83,13 @@ def nt_xent(
         scale,
         reduction=reduction,
         normalize=normalize,
-        target=torch.arange(batch, 3 * batch, device=z1.device) % (2 * batch),
+        target=torch.arange(batch, 3 * batch, device=z1.device) % max(1, 2 * batch),
         backend=backend,
+        group=group,
+        exchange=exchange,
+        call=f"loss=nt_xent\nreturn_stats={return_stats}",
     )
-    return (loss, summarize(positive, hardest, None, scale)) if return_stats else loss
+    return (loss, summarize(positive, hardest, None, scale, group)) if return_stats else loss
 
 
 def reference(z1: Tensor, z2: Tensor, tau: float | Tensor, *, normalize: bool = True) -> Tensor:
