@@ -1,16 +1,33 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+from tests.ranks import World
 
 
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """Inputs differ from test to test and not from run to run."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[Callable[[int], World]]:
+    """``worlds(size)`` is a world of so many ranks, started when it is first asked for."""
+    started: dict[int, World] = {}
+
+    def world(size: int) -> World:
+        if size not in started or not started[size].alive:
+            started[size] = World(size)
+        return started[size]
+
+    yield world
+    for each in started.values():
+        each.close()
 
 
 @pytest.fixture

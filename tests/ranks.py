@@ -54,6 +54,10 @@ class World:
             pipe.send((function, args))
         return [self._answer(pipe) for pipe in self._pipes]
 
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
     def _answer(self, pipe: Connection) -> Any:
         if not pipe.poll(PATIENCE):
             self.close()

@@ -5,7 +5,7 @@ users come from. Every function whose first argument is ``rank`` runs on each ra
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,11 +27,9 @@ DIM = 6
 PAIRS = [5, 3]
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[World]:
-    world = World(2)
-    yield world
-    world.close()
+@pytest.fixture
+def two(worlds: Callable[[int], World]) -> World:
+    return worlds(2)
 
 
 class Model(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,11 +18,9 @@ DIM = 8
 PLANS = {"clip": "general lse:row:-* lse:column:-* sum:row:+*", "nt_xent": "symmetric lse:row:-- sum:row:*+"}
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4])
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    started = World(request.param)
-    yield started
-    started.close()
+@pytest.fixture(params=[2, 3, 4])
+def world(request: pytest.FixtureRequest, worlds: Callable[[int], World]) -> World:
+    return worlds(request.param)
 
 
 def traffic(rank: int, loss: str, exchange: str, rows: int) -> tuple[int, int]:

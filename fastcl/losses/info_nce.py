@@ -79,7 +79,7 @@ def info_nce(
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
     Complexity: 3 * N * M * D multiply-adds for value and gradients, 2 * N * M * D where only one side requires grad (4
-    and 3 with reduction="none"), O(N + M) memory beyond features and gradients.
+    and 3 with reduction="none" or a group), O(N + M) memory beyond features and gradients.
 
     Source: van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018 (arXiv:1807.03748).
 
