@@ -140,16 +140,22 @@ const float* optional_vector(const std::optional<Tensor>& tensor, int64_t size, 
 
 // A matrix to be normalised: the copy of unit length takes its place in the problem.
 struct Normalized {
+  cpu::Matrix original;
   Tensor unit;
   Tensor inverse;
-  cpu::Matrix original;
 
-  Normalized(const Tensor& tensor, const cpu::Workers& workers, const char* name, cpu::Matrix& matrix_of_problem)
-      : unit(torch::stable::new_empty(tensor, tensor.sizes())),
-        inverse(new_float(tensor, tensor.size(0))),
-        original(matrix(tensor, name)) {
-    cpu::normalize(original, workers, unit.mutable_data_ptr(), inverse.mutable_data_ptr<float>());
-    matrix_of_problem = matrix(unit, name);
+  Normalized(const Tensor& tensor, const cpu::Workers& workers, cpu::Matrix& in_problem)
+      : original(in_problem),
+        unit(new_rows(tensor, cpu::unit_pitch(in_problem))),
+        inverse(new_float(tensor, tensor.size(0))) {
+    const int64_t pitch = unit.size(1);
+    cpu::normalize(original, workers, unit.mutable_data_ptr(), pitch, inverse.mutable_data_ptr<float>());
+    in_problem = {unit.const_data_ptr(), original.dtype, original.rows, original.depth, pitch, 1};
+  }
+
+  static Tensor new_rows(const Tensor& like, int64_t pitch) {
+    const int64_t sizes[] = {like.size(0), pitch};
+    return torch::stable::new_empty(like, {sizes, 2});
   }
 };
 
@@ -168,9 +174,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy
   const cpu::Matrix raw_b = problem.b;
   std::optional<Normalized> unit_a, unit_b;
   if (normalize) {
-    unit_a.emplace(a, threads, "a", problem.a);
-    problem.b = problem.a;
-    if (b.has_value()) unit_b.emplace(*b, threads, "b", problem.b);
+    unit_a.emplace(a, threads, problem.a);
+    if (!b.has_value()) problem.b = problem.a;
+    if (b.has_value()) unit_b.emplace(*b, threads, problem.b);
   }
   STD_TORCH_CHECK(problem.column_terms.empty() || n == m, "a loss over rows and columns needs as many of both");
   const cpu::CrossEntropy head{optional_vector(positive, n, "positive"), optional_vector(weights, n, "weights")};

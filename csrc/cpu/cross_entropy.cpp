@@ -124,11 +124,16 @@ double cross_entropy(const Problem& problem, const Workers& workers, const Cross
   return in_two_sweeps(problem, workers, head, statistics, a, b, positive);
 }
 
-void normalize(const Matrix& matrix, const Workers& workers, void* unit, float* inverse) {
+int64_t unit_pitch(const Matrix& matrix) {
+  const int64_t size = matrix.dtype == Dtype::kFloat32 ? 4 : 2;
+  return matrix.depth * size % 4096 == 0 ? matrix.depth + 64 / size : matrix.depth;
+}
+
+void normalize(const Matrix& matrix, const Workers& workers, void* unit, int64_t pitch, float* inverse) {
   const Level& level = selected();
   for_each_chunk(workers, matrix.rows, rows_in_chunk(matrix), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch(matrix.depth);
-    level.normalize(matrix, begin, end, unit, inverse, scratch.data());
+    level.normalize(matrix, begin, end, unit, pitch, inverse, scratch.data());
   });
 }
 

@@ -69,8 +69,11 @@ struct CrossEntropy {
 double cross_entropy(const Problem& problem, const Workers& workers, const CrossEntropy& head,
                      Vectors<float> statistics, float* a, float* b, float* positive);
 
-// The rows of a matrix scaled to unit length, contiguous and of its type, and 1 / norm of each (see rows.h).
-void normalize(const Matrix& matrix, const Workers& workers, void* unit, float* inverse);
+// The rows of a matrix scaled to unit length, `pitch` numbers of its type apart, and 1 / norm of each (see rows.h).
+void normalize(const Matrix& matrix, const Workers& workers, void* unit, int64_t pitch, float* inverse);
+
+// A good pitch for that: rows a multiple of 4 KB apart, which share a set of the first-level cache, get a line more.
+int64_t unit_pitch(const Matrix& matrix);
 
 // Turns a product into the gradient with respect to the matrix in place; `inverse` is null unless it was normalised.
 // Returns the sum of product * row (of unit length), which is the gradient of the scale.

@@ -130,7 +130,8 @@ struct Level {
   void (*panel)(const Sweep&, const RowPanels&, int64_t panel, void* workspace);
   // Adds that for one tile of columns.
   void (*panel_columns)(const Sweep&, const RowPanels&, int64_t panel, int64_t column, void* workspace);
-  void (*normalize)(const Matrix&, int64_t begin, int64_t end, void* unit, float* inverse, float* scratch);
+  void (*normalize)(const Matrix&, int64_t begin, int64_t end, void* unit, int64_t pitch, float* inverse,
+                    float* scratch);
   void (*finish)(const Matrix&, const float* inverse, float factor, int64_t begin, int64_t end, float* product,
                  double* inner, float* scratch);
   // `rounds` rounds of nothing but multiply-adds; returns their floating-point operations.

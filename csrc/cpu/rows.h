@@ -45,8 +45,9 @@ inline float inverse_norm(const float* row, int64_t depth) {
   return norm < kSmallestNorm ? -1.0f / kSmallestNorm : 1.0f / norm;
 }
 
-// Rows [begin, end) scaled to unit length: contiguous `unit` of the matrix' type, and what inverse_norm says of each.
-inline void normalize_rows(const Matrix& matrix, int64_t begin, int64_t end, void* unit, float* inverse,
+// Rows [begin, end) scaled to unit length, `pitch` numbers of the matrix' type apart, and what inverse_norm says of
+// each.
+inline void normalize_rows(const Matrix& matrix, int64_t begin, int64_t end, void* unit, int64_t pitch, float* inverse,
                            float* scratch) {
   const int64_t depth = matrix.depth;
   for (int64_t i = begin; i < end; ++i) {
@@ -54,10 +55,10 @@ inline void normalize_rows(const Matrix& matrix, int64_t begin, int64_t end, voi
     inverse[i] = inverse_norm(scratch, depth);
     const float factor = std::fabs(inverse[i]);
     if (matrix.dtype == Dtype::kFloat32) {
-      float* out = static_cast<float*>(unit) + i * depth;
+      float* out = static_cast<float*>(unit) + i * pitch;
       for (int64_t d = 0; d < depth; ++d) out[d] = scratch[d] * factor;
     } else {
-      uint16_t* out = static_cast<uint16_t*>(unit) + i * depth;
+      uint16_t* out = static_cast<uint16_t*>(unit) + i * pitch;
       const bool brain = matrix.dtype == Dtype::kBFloat16;
       for (int64_t d = 0; d < depth; ++d) {
         out[d] = brain ? narrow_bfloat16(scratch[d] * factor) : narrow_float16(scratch[d] * factor);
