@@ -1,6 +1,7 @@
 """The command: ``python -m benchmarks`` measures. Its other words do something else with what is known of a device:
 
-status brings the README's and the GPU page's tables up to date, roofline predicts, targets judges the rows of a run.
+status brings the README's and the GPU page's tables up to date, rates measures plain products and copies, roofline
+predicts from a cost model, targets judges the rows of a run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import peak_table, plots, predictions, status, targets
+from benchmarks import peak_table, plots, predictions, rates, status, targets
 from benchmarks.cases import SUITES, Case, suite
 from benchmarks.environment import device_slug, git_commit
 from benchmarks.measure import GemmRate
@@ -23,7 +24,7 @@ from benchmarks.runner import Limits, Runner
 
 ROOT = Path(__file__).resolve().parent
 _SUITE_HELP = "comma-separated, default usual. " + "; ".join(f"{name}: {what}" for name, what in SUITES.items())
-COMMANDS = {"status": status.main, "roofline": predictions.main, "targets": targets.main}
+COMMANDS = {"status": status.main, "rates": rates.main, "roofline": predictions.main, "targets": targets.main}
 QUICK = Limits(rounds=3, budget_s=0.2, call_s=5.0, request_s=60.0, total_s=90.0)
 
 

@@ -6,8 +6,8 @@ With r tiles resident on an SM, it lets one through in
     max(main, epilogue, (main + epilogue + latency) / r),  main = max(tensor, shared, l2), epilogue = max(exps, issue):
 
 for without warp specialisation a tile overlaps only with its neighbours. Kernels follow one another; each takes at
-least its bytes over the copy bandwidth. :mod:`benchmarks.around` counts what PyTorch does around them. The numbers below that
-are no device's are read off the kernels compiled for sm_90, or assumed; none was measured on a GPU.
+least its bytes over the copy bandwidth. :mod:`benchmarks.around` counts what PyTorch does around them. The numbers
+below that are no device's are read off the kernels compiled for sm_90, or assumed; none was measured on a GPU.
 """
 
 from __future__ import annotations
