@@ -149,6 +149,19 @@ def _panels_win(case: Case, device: Device) -> bool:
     return predicted_seconds(case, device) < predicted_seconds(case, device, "registers")
 
 
+def clocks_per_logit(case: Case, device: Device, kernel: str, config: tuning.Config, precision: str) -> float:
+    """What one logit costs an SM in ``kernel`` ("sweep" or "weights") with this configuration, to order candidates.
+
+    Infinite where it would spill.
+    """
+    model = _Model(case, device, PRECISIONS[precision])
+    each, rest = EPILOGUES[kernel, model.both_axes].registers
+    if each * config.block_m * config.block_n / (32 * config.num_warps) + rest > 256:
+        return math.inf
+    clocks, _ = model._tile_clocks(kernel, config, frozenset())
+    return clocks / (config.block_m * config.block_n)
+
+
 def shared_memory(config: tuning.Config, itemsize: int) -> int:
     """Bytes of shared memory that a kernel's pipeline takes."""
     return config.num_stages * (config.block_m + config.block_n) * config.block_d * itemsize
