@@ -22,7 +22,7 @@ python=${PYTHON:-python3}
 if [[ ${2:-} == --quick ]]; then
   quick=(--quick) rates_s=15 build_s=30 wheels_s=10 tests_s=40 targets_s=45 bench_s=50
 else
-  quick=() rates_s=25 build_s=75 wheels_s=20 tests_s=145 targets_s=125 bench_s=90
+  quick=() rates_s=25 build_s=75 wheels_s=20 tests_s=135 targets_s=150 bench_s=75
 fi
 
 mkdir -p "$out"

@@ -213,7 +213,8 @@ class _Model:
         return kernels | {"around": around}
 
     def _host(self, plan: str) -> float:
-        kernels = 2 + 2 * (2 if self.both_axes and not self.symmetric else 1)
+        # the sweep; for each axis its partial results combined, and flagged sums redone
+        kernels = 1 + 2 * (2 if self.both_axes and not self.symmetric else 1)
         panels = len(panel_sizes(self.n, self._config("weights"), self.symmetric, self._elements()))
         products = 2 * panels if plan != "registers" else 0
         kernels += panels if plan != "registers" else 2

@@ -127,6 +127,14 @@ def test_precisions() -> None:
     assert times[2] > 2 * times[1]
 
 
+def test_remedies_help() -> None:
+    for line in predictions.remedy_table(H200).splitlines()[2:]:
+        wanted, *shares = [int(cell.strip(" %")) for cell in line.split("|")[2:-1]]
+        assert shares == sorted(shares)
+        assert 50 < wanted < 100
+        assert shares[-1] <= 100
+
+
 def test_unknown_plan() -> None:
     with pytest.raises(ValueError, match="'one sweep'"):
         predict(CLIP, H200, "one sweep")
