@@ -163,10 +163,12 @@ def draw(device: Device, dims: Sequence[int], dtypes: Sequence[str], folder: Pat
                 shares = [100 * predict(case_of(loss, ROWS, d, dtype), device, plan, dtype).fraction for d in dims]
                 axis.plot(dims, shares, marker="o", markersize=4, label=f"{plan}, {dtype}")
         axis.set_xscale("log", base=2)
-        axis.set(title=f"{loss}, {ROWS:,} rows", xlabel="D", ylim=(0, 100))
+        axis.set(title=f"{loss}, {ROWS:,} rows", xlabel="D")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("predicted % of the floor")
-    axes[0].legend(fontsize=8)
+    # Shared, and only now does it know all lines; the last loss has every plan.
+    axes[0].set_ylim(bottom=0)
+    axes[-1].legend(fontsize=8)
     figure.suptitle(f"{device.name}: predicted, not measured", fontsize=10)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "roofline.png"

@@ -151,6 +151,13 @@ def test_around_the_kernels() -> None:
     assert dense(case).peak > 2 * 1024**2 * 4
 
 
+@pytest.mark.parametrize("loss", PASSES)
+def test_counted_peaks_are_the_measured_ones(loss: str) -> None:
+    """What the dense losses hold at their peak was measured, in whole matrices (benchmarks/cases.py)."""
+    case = predictions.case_of(loss, 8192, 64)
+    assert dense(case).peak / case.dense_bytes(1) == pytest.approx(case.cost.dense_copies, rel=0.05)
+
+
 def test_measured_rates_replace_figures() -> None:
     device = predictions.with_rates(H200, {"bfloat16": 7e14, "float32": 5e13, "copy": 4e12})
     assert device.gemm == {**H200.gemm, "half": 7e14, "float32": 5e13}
