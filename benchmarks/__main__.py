@@ -1,4 +1,8 @@
-"""The command: ``python -m benchmarks`` measures, ``python -m benchmarks status`` brings the README up to date."""
+"""The command: ``python -m benchmarks`` measures. Its other words do something else with what is known of a device:
+
+status brings the README's and the GPU page's tables up to date, rates measures plain products and copies, roofline
+predicts from a cost model, targets judges the rows of a run, tune looks for the Triton kernels' block sizes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import peak_table, plots, status
+from benchmarks import peak_table, plots, predictions, rates, status, targets, tune
 from benchmarks.cases import SUITES, Case, suite
 from benchmarks.environment import device_slug, git_commit
 from benchmarks.measure import GemmRate
@@ -20,13 +24,20 @@ from benchmarks.runner import Limits, Runner
 
 ROOT = Path(__file__).resolve().parent
 _SUITE_HELP = "comma-separated, default usual. " + "; ".join(f"{name}: {what}" for name, what in SUITES.items())
+COMMANDS = {
+    "status": status.main,
+    "rates": rates.main,
+    "roofline": predictions.main,
+    "targets": targets.main,
+    "tune": tune.main,
+}
 QUICK = Limits(rounds=3, budget_s=0.2, call_s=5.0, request_s=60.0, total_s=90.0)
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["status"]:
-        return status.main(arguments[1:])
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
     return measure(parse(arguments))
 
 

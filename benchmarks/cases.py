@@ -22,6 +22,7 @@ SUITES = {
     "usual": "every loss at the sizes people train with",
     "peak": "every loss from 4,096 to 32,768 rows and dim 128 to 1024, to see the share of the arithmetic peak",
     "small": "NT-Xent of 64 to 512 pairs, where overheads decide",
+    "targets": "what benchmarks/targets.py judges a GPU by; without the million pairs if quick",
 }
 
 
@@ -108,6 +109,20 @@ class Case:
         return asdict(self)
 
 
+MILLION = 1 << 20
+TARGET_CASES = tuple(
+    Case(loss, pairs, dim, "bfloat16")
+    for loss, pairs, dim in (
+        ("clip", 32768, 512),
+        ("nt_xent", 16384, 512),
+        ("clip", 32768, 1024),
+        ("nt_xent", 16384, 128),
+        ("nt_xent", 256, 128),
+        ("clip", MILLION, 512),
+    )
+)
+
+
 def suite(device: str, name: str = "usual", *, quick: bool, dtypes: tuple[str, ...] | None = None) -> list[Case]:
     """The cases of one of ``SUITES`` for a device, the most telling first, so that a run that is cut short has them."""
     match name:
@@ -117,6 +132,12 @@ def suite(device: str, name: str = "usual", *, quick: bool, dtypes: tuple[str, .
             return _peak(quick, dtypes)
         case "small":
             return _small(dtypes)
+        case "targets":
+            return [
+                case
+                for case in TARGET_CASES
+                if (case.pairs < MILLION or not quick) and case.dtype in (dtypes or (case.dtype,))
+            ]
     raise ValueError(f"name is {name!r}, expected one of {', '.join(SUITES)}")
 
 

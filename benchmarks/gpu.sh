@@ -3,9 +3,11 @@
 #
 #   bash benchmarks/gpu.sh OUTDIR [--quick]
 #
-# builds the C++ extension in place, runs the tests marked `gpu`, then the quick benchmark against every peer that can be
-# imported, and leaves log.txt, results.csv and the plots in OUTDIR. Needs a torch built for CUDA and pytest; under nine
-# minutes, with --quick under four. A stage that fails doesn't stop the next ones; the exit code says that one did.
+# measures the device's rates of matrix products and of copying, builds the C++ extension in place, runs the tests marked
+# `gpu`, then the cases of the targets and the quick benchmark against every peer that can be imported. Leaves log.txt,
+# rates.json, targets.csv, results.csv and the plots in OUTDIR; the log's end says of each target whether it holds. Needs
+# a torch built for CUDA and pytest; under nine minutes, with --quick (without the case of a million pairs) under four. A
+# stage that fails doesn't stop the next ones; the exit code says that one did. A target that doesn't hold is no failure.
 #
 #   PYTHON=python3.12     the interpreter to use
 #   WHEELS=dir            wheels of peers (and of pytest, matplotlib), installed beside this run and nowhere else
@@ -18,9 +20,9 @@ if [[ -z $out || $out == --* ]]; then
 fi
 python=${PYTHON:-python3}
 if [[ ${2:-} == --quick ]]; then
-  build_s=35 wheels_s=15 tests_s=50 bench_s=90
+  quick=(--quick) rates_s=15 build_s=30 wheels_s=10 tests_s=40 targets_s=45 bench_s=50
 else
-  build_s=90 wheels_s=30 tests_s=170 bench_s=200
+  quick=() rates_s=25 build_s=75 wheels_s=20 tests_s=135 targets_s=150 bench_s=75
 fi
 
 mkdir -p "$out"
@@ -64,6 +66,8 @@ for name in ("triton", "numpy", "pytest", "matplotlib", "inf_cl", "liger-kernel"
         print(name, "is not installed")
 EOF
 
+  stage rates "$rates_s" "$python" -m benchmarks rates --device cuda --out "$out/rates.json" || failed+=(rates)
+
   if ! stage build "$build_s" "$python" setup.py -q build_ext --inplace; then
     echo "the C++ extension was not built: the CPU engine is missing here, the GPU's tests and benchmarks don't need it"
   fi
@@ -79,11 +83,16 @@ EOF
 
   stage tests "$tests_s" "$python" -m pytest -m gpu -q -p no:cacheprovider tests || failed+=(tests)
 
-  # The limit is the runner's own: it ends in time to write what it has.
-  stage benchmark "$bench_s" \
-    "$python" -m benchmarks --quick --device cuda --limit $((bench_s - 25)) --out "$scratch/out" || failed+=(benchmark)
-  cp "$scratch"/out/results.csv "$out"/ 2>/dev/null || failed+=(results)
+  # The limits are the runner's own: it ends in time to write what it has.
+  stage "benchmark of the targets" "$targets_s" "$python" -m benchmarks --suite targets "${quick[@]}" --device cuda \
+    --limit $((targets_s - 20)) --out "$scratch/targets" || failed+=(targets)
+  cp "$scratch/targets/results.csv" "$out/targets.csv" 2>/dev/null || failed+=(targets.csv)
+  stage benchmark "$bench_s" "$python" -m benchmarks --quick --device cuda --limit $((bench_s - 20)) \
+    --out "$scratch/out" || failed+=(benchmark)
+  cp "$scratch/out/results.csv" "$out"/ 2>/dev/null || failed+=(results.csv)
   find "$scratch/out" -name '*.png' 2>/dev/null | sort | head -6 | while read -r plot; do cp "$plot" "$out"/; done
+
+  stage summary 15 "$python" -m benchmarks targets "$out/targets.csv" "$out/results.csv" || failed+=(summary)
 
   echo
   if ((${#failed[@]})); then

@@ -184,6 +184,14 @@ def gemm_rate(dtype: torch.dtype, device: torch.device | str = "cpu", *, budget_
     return GemmRate(2 * size**3 / (fastest / 1e3), dtype_name(dtype), gemm_library(dtype, device), size)
 
 
+def copy_rate(device: torch.device | str = "cpu", *, size: int = 1 << 30, budget_s: float = 0.5) -> float:
+    """Bytes a second, read and written together, of the fastest copy of ``size`` bytes."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    destination = torch.empty_like(source)
+    fastest = min(sample_times(lambda: destination.copy_(source), device, budget_s=budget_s, warmup=2, least=3))
+    return 2 * size / (fastest / 1e3)
+
+
 def rate_of_threads(rate: Callable[[], float], threads: int, *, repeats: int = 30) -> float:
     """The sum of what ``rate`` returns on each of ``threads`` threads that call it at once, from the best repeat."""
     together = threading.Barrier(threads)

@@ -1,6 +1,6 @@
-"""The README's tables, from what is in ``benchmarks/results``: what ran where, and how fast.
+"""The README's tables, from what is in ``benchmarks/results``, and those of docs/gpu-kernels.md, from the cost model.
 
-``python -m benchmarks status`` rewrites what stands between the README's markers; ``--check`` only says whether it is
+``python -m benchmarks status`` rewrites what stands between the pages' markers; ``--check`` only says whether it is
 what it would write. ``results/compiled.json`` is written by hand: devices for which CI compiles a backend ahead of time
 and checks what came out, without running it.
 """
@@ -11,10 +11,10 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import peak_table
+from benchmarks import peak_table, predictions
 from benchmarks.environment import device_slug
 from benchmarks.report import markdown_row, read_csv
 from fastcl.engine import BACKENDS
@@ -29,21 +29,32 @@ ResultRow = dict[str, str]
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks status", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where the README is stale")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a page is stale")
     parser.add_argument("--readme", type=Path, default=ROOT.parent / "README.md")
+    parser.add_argument("--gpu-page", type=Path, default=ROOT.parent / "docs" / "gpu-kernels.md")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     options = parser.parse_args(arguments)
-    old = options.readme.read_text()
-    new = update(old, load_results(options.results), load_compiled(options.results))
+    readme = readme_tables(load_results(options.results), load_compiled(options.results))
+    stale = [
+        _refresh(path, tables, write=not options.check)
+        for path, tables in ((options.readme, readme), (options.gpu_page, predictions.page_tables()))
+    ]
+    return int(options.check and any(stale))
+
+
+def _refresh(path: Path, tables: Mapping[str, str], *, write: bool) -> bool:
+    """Whether the page's tables were stale; they are fresh afterwards if ``write``."""
+    old = new = path.read_text()
+    for name, table in tables.items():
+        new = _between(new, name, table)
     if old == new:
-        print(f"{options.readme} is up to date")
-        return 0
-    if options.check:
-        print(f"{options.readme} is stale: run `python -m benchmarks status`", file=sys.stderr)
-        return 1
-    options.readme.write_text(new)
-    print(f"wrote the tables in {options.readme}")
-    return 0
+        print(f"{path} is up to date")
+    elif write:
+        path.write_text(new)
+        print(f"wrote the tables in {path}")
+    else:
+        print(f"{path} is stale: run `python -m benchmarks status`", file=sys.stderr)
+    return old != new
 
 
 def load_results(folder: Path) -> list[ResultRow]:
@@ -57,14 +68,9 @@ def load_compiled(folder: Path) -> list[dict]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def update(readme: str, results: Sequence[ResultRow], compiled: Sequence[dict]) -> str:
-    """The README with fresh tables.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    readme = _between(readme, "status", status_table(results, compiled))
-    return _between(readme, "measured", measured_table(results))
+def readme_tables(results: Sequence[ResultRow], compiled: Sequence[dict]) -> dict[str, str]:
+    """By the name of the README's marker."""
+    return {"status": status_table(results, compiled), "measured": measured_table(results)}
 
 
 def status_table(results: Sequence[ResultRow], compiled: Sequence[dict]) -> str:
@@ -174,6 +180,7 @@ def _size(megabytes: str | None) -> str:
 
 
 def _between(text: str, name: str, content: str) -> str:
+    """The text with fresh content; ValueError where a marker is missing."""
     pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"no <!-- {name}:begin --> … <!-- {name}:end --> to write between")

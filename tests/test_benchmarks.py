@@ -235,8 +235,11 @@ def test_relative_errors() -> None:
     assert measure.relative_errors(found, exact) == pytest.approx((0.1, 0.1))
 
 
-def test_readme_is_checked(output: tuple[int, Path], tmp_path: Path) -> None:
+def test_readme_is_checked(output: tuple[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stale tables fail the check, and regenerating them makes it pass."""
+    page = tmp_path / "page.md"
+    page.write_text("<!-- targets:begin -->\nold\n<!-- targets:end -->\n")
+    monkeypatch.setattr("benchmarks.predictions.page_tables", lambda: {"targets": "new"})
     readme, results = tmp_path / "README.md", tmp_path / "results"
     readme.write_text(
         "before\n<!-- status:begin -->\nold\n<!-- status:end -->\n"
@@ -245,12 +248,13 @@ def test_readme_is_checked(output: tuple[int, Path], tmp_path: Path) -> None:
     (results / "some-device").mkdir(parents=True)
     (results / "some-device" / "results.csv").write_text((output[1] / "results.csv").read_text())
     (results / "compiled.json").write_text('[{"device": "a GPU", "kind": "cuda", "backends": ["triton"]}]')
-    arguments = ["--readme", str(readme), "--results", str(results)]
+    arguments = ["--readme", str(readme), "--results", str(results), "--gpu-page", str(page)]
 
     assert status.main(["--check", *arguments]) == 1
     assert "old" in readme.read_text()
     assert status.main(arguments) == 0
     assert status.main(["--check", *arguments]) == 0
+    assert page.read_text() == "<!-- targets:begin -->\nnew\n<!-- targets:end -->\n"
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -259,7 +263,7 @@ def test_readme_is_checked(output: tuple[int, Path], tmp_path: Path) -> None:
     assert "| `nt_xent` float32 | 64 x 128 |" in text
 
 
-def test_readme_is_up_to_date() -> None:
+def test_readme_and_gpu_page_are_up_to_date() -> None:
     assert status.main(["--check"]) == 0, "run `python -m benchmarks status`"
 
 

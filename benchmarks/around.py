@@ -1,0 +1,133 @@
+"""What PyTorch does around the kernels, counted and not guessed: the losses run on fake tensors, which hold nothing.
+
+Each operator's operands and results are bytes that go through memory, and their lifetimes give the peak.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.cases import TAU, Case
+from benchmarks.measure import gradient_step
+from fastcl.backends.softmax import two_sweeps
+from fastcl.cross_entropy import Options
+from fastcl.terms import CrossEntropy, Operands, Plan, Products, Statistics
+
+_PARTIAL_SLOTS = 32
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Operators that compute, the bytes they read and write, the FLOPs of their products, bytes held at the peak."""
+
+    operators: int
+    bytes: int
+    product_flops: int
+    peak: int
+
+
+@functools.cache
+def around_kernels(case: Case, workspace: int) -> Counted:
+    """Value and gradients by fastcl on a GPU with this much workspace, without its kernels and the products with W."""
+    return _count(case, lambda *inputs: case.table_row.call(*inputs, reduction="mean"), workspace)
+
+
+@functools.cache
+def dense(case: Case) -> Counted:
+    """Value and gradients by the textbook formula in eager PyTorch."""
+    return _count(case, lambda *inputs: case.table_row.reference(*inputs).mean(), 0)
+
+
+def _count(case: Case, loss: Callable[..., Tensor], workspace: int) -> Counted:
+    learned = case.cost.learns_scale
+    with FakeTensorMode():
+        features = [
+            torch.empty(case.pairs, case.dim, dtype=case.torch_dtype, requires_grad=True)
+            for _ in case.table_row.features
+        ]
+        tau = torch.empty((), requires_grad=True) if learned else TAU
+        step = gradient_step(lambda *_: loss(features, tau), [*features, tau] if learned else features)
+        with _Counter(workspace) as counter:
+            step()
+    return Counted(counter.operators, counter.bytes, counter.product_flops, counter.peak)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operators; in place of fastcl's own it runs what the `triton` backend runs, with kernels left out."""
+
+    def __init__(self, workspace: int) -> None:
+        super().__init__()
+        self.workspace = workspace
+        self.operators = self.bytes = self.product_flops = self.peak = 0
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.fastcl.cross_entropy.default:
+            with self:
+                return self._cross_entropy(*args)
+        result = function(*args, **(kwargs or {}))
+        operands, results = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in (args, result))
+        if function.is_view or not results:
+            return result
+        if "empty" not in function.__name__:
+            self.operators += 1
+            self.bytes += sum(_bytes(x) for x in (*operands, *results))
+        if function is torch.ops.aten.mm.default:
+            self.product_flops += 2 * results[0].numel() * operands[0].shape[1]
+        self._remember(operands, results)
+        return result
+
+    def _remember(self, operands: list[Tensor], results: list[Tensor]) -> None:
+        known = {x.untyped_storage()._cdata for x in operands}
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        for storage in (x.untyped_storage() for x in results):
+            if storage._cdata not in known:
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+
+    def _cross_entropy(self, a, b, scale, target, positive, weights, text):
+        call = Options.decode(text)
+        operands = Operands(a, b, scale, target, 1.0 if call.normalize else call.norm_bound)
+        head = CrossEntropy(positive, weights, call.mean, call.normalize)
+        plan = Plan.decode(call.plan)
+        found = two_sweeps(_statistics, self._products, plan, operands, head, call.needs)
+        gradients = (*found.gradients, found.positive)
+        return found.loss, *found.statistics, *(scale.new_empty(0) if g is None else g for g in gradients)
+
+    def _products(self, plan, operands, statistics, incoming, needs_a, needs_b) -> Products:
+        n, m = operands.shape
+        panel = min(self.workspace, n * m * operands.a.element_size())
+        workspace = torch.empty(panel, dtype=torch.uint8)
+        needs_b = needs_b and not plan.symmetric
+        products = Products(*(_zeros(x) if wanted else None for x, wanted in _both(operands, needs_a, needs_b)))
+        del workspace
+        return products
+
+
+def _statistics(plan: Plan, operands: Operands) -> Statistics:
+    sizes = [(len(terms), count) for terms, count in zip((plan.rows, plan.columns), operands.shape, strict=True)]
+    for terms, count in sizes:
+        torch.zeros(terms, _PARTIAL_SLOTS, count)
+    return Statistics(*(torch.empty(size) for size in sizes))
+
+
+def _both(operands: Operands, needs_a: bool, needs_b: bool) -> tuple[tuple[Tensor, bool], ...]:
+    return (operands.a, needs_a), (operands.keys, needs_b)
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros(x.shape, dtype=torch.float32)
+
+
+def _bytes(x: Tensor) -> int:
+    # An expanded tensor repeats what it has.
+    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())

@@ -1,0 +1,114 @@
+"""The kernels of the `triton` backend as :mod:`benchmarks.tune` runs them: one sweep, or the panels of one backward."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import time_step
+from benchmarks.tune import DTYPES, Job
+from fastcl import tuning
+from fastcl.backends.triton import backward, forward
+from fastcl.backends.triton.kernels.sweep import sweep_kernel
+from fastcl.backends.triton.kernels.weights import weights_kernel
+from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Statistics, Term
+
+_NEITHER, _NOT_SELF = Mask(self_pair=False, target=False), Mask(self_pair=False)
+_NT_XENT = Plan((Term(Reduce.LSE, _NEITHER), Term(Reduce.SUM, Mask(target=True))), symmetric=True)
+_CLIP = Plan(
+    (
+        Term(Reduce.LSE, _NOT_SELF),
+        Term(Reduce.LSE, _NOT_SELF, Axis.COLUMN),
+        Term(Reduce.SUM, Mask(self_pair=True)),
+    )
+)
+Step = Callable[[], Sequence[Tensor]]
+_JIT = {"sweep": sweep_kernel, "weights": weights_kernel}
+
+
+class KernelBench:
+    """Implements :class:`benchmarks.tune.Bench` with ``rows`` rows of S on a device."""
+
+    def __init__(self, rows: int, device: str, budget_s: float = 0.1) -> None:
+        self.rows, self.device, self.budget_s = rows, device, budget_s
+        self._job: Job | None = None
+        self._step: Step = tuple
+        self._known: set[int] = set()
+        self._spills = 0
+
+    def outputs(self, job: Job, config: tuning.Config | None) -> Sequence[Tensor]:
+        step = self._step_of(job)
+        with _settings(job, config):
+            outputs = step()
+        self._look_at_compiled(_JIT[job.kernel.removesuffix("_symmetric")])
+        return outputs
+
+    def spills(self) -> int:
+        return self._spills
+
+    def milliseconds(self, job: Job, config: tuning.Config | None) -> float:
+        step = self._step_of(job)
+        with _settings(job, config):
+            return time_step(step, self.device, budget_s=self.budget_s, warmup=2).median_ms
+
+    def _step_of(self, job: Job) -> Step:
+        """One call of the job's kernels; its inputs are kept until another job comes."""
+        if self._job != job:
+            with _settings(job, None):
+                self._job, self._step = job, self._prepare(job)
+        return self._step
+
+    def _prepare(self, job: Job) -> Step:
+        plan = _NT_XENT if job.kernel.endswith("symmetric") else _CLIP
+        operands = self._operands(job, plan)
+        if job.kernel.startswith("sweep"):
+            return lambda: tuple(forward.statistics(plan, operands))
+        values = forward.statistics(plan, operands)
+        incoming = Statistics(*(torch.full_like(value, 1.0 / self.rows) for value in values))
+
+        def step() -> tuple[Tensor, ...]:
+            products = backward.gradient(plan, operands, values, incoming, True, not plan.symmetric)
+            return tuple(product for product in products if product is not None)
+
+        return step
+
+    def _operands(self, job: Job, plan: Plan) -> Operands:
+        name = DTYPES[job.precision]
+        dtype = torch.float32 if name == "tf32" else getattr(torch, name)
+        if self.device == "cpu" and dtype is torch.bfloat16:
+            dtype = torch.float16  # Triton's interpreter multiplies bfloat16 wrongly
+        generator = torch.Generator().manual_seed(0)
+
+        def draw() -> Tensor:
+            x = torch.randn(self.rows, job.d, generator=generator)
+            return torch.nn.functional.normalize(x, dim=1).to(self.device, dtype)
+
+        index = torch.arange(self.rows, device=self.device)
+        return Operands(
+            draw(),
+            None if plan.symmetric else draw(),
+            torch.tensor(10.0, device=self.device),
+            target=index.roll(self.rows // 2) if plan.symmetric else None,
+            norm_bound=1.0,
+        )
+
+    def _look_at_compiled(self, kernel) -> None:
+        """Spills of what was compiled since the last look; the interpreter compiles nothing."""
+        caches = getattr(kernel, "device_caches", {})
+        compiled = [entry for cache, *_ in caches.values() for entry in cache.values()]
+        self._spills = max((entry.n_spills for entry in compiled if id(entry) not in self._known), default=0)
+        self._known |= set(map(id, compiled))
+
+
+@contextlib.contextmanager
+def _settings(job: Job, config: tuning.Config | None) -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if job.precision == "tf32" else "highest")
+    try:
+        with tuning.override(config):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
