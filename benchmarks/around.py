@@ -98,8 +98,7 @@ class _Counter(TorchDispatchMode):
         call = Options.decode(text)
         operands = Operands(a, b, scale, target, 1.0 if call.normalize else call.norm_bound)
         head = CrossEntropy(positive, weights, call.mean, call.normalize)
-        plan = Plan.decode(call.plan)
-        found = two_sweeps(_statistics, self._products, plan, operands, head, call.needs)
+        found = two_sweeps(_statistics, self._products, call.plan, operands, head, call.needs)
         gradients = (*found.gradients, found.positive)
         return found.loss, *found.statistics, *(scale.new_empty(0) if g is None else g for g in gradients)
 

@@ -27,7 +27,7 @@ from fastcl.terms import (
 )
 
 _SMALLEST_NORM = 1e-12
-_CHUNK = 1 << 21
+_CHUNK = 1 << 25
 
 
 class Evaluation(NamedTuple):
@@ -81,7 +81,7 @@ def two_sweeps(
         products = gradient(plan, unit, values, found.incoming, needs.product_a, needs.b)
     gradients = finish(plan, unit, products, needs)
     if head.normalize:
-        gradients = through_unit_length(operands, unit, gradients)
+        gradients = through_unit_length(operands, gradients)
     return LossAndGradients(found.loss, values, gradients, found.positive if needs.positive else None)
 
 
@@ -101,30 +101,37 @@ def finish(plan: Plan, operands: Operands, products: Products, needs: Needs) -> 
 
 def unit_operands(operands: Operands) -> Operands:
     """The operands with rows of unit length, in their dtype."""
+    dtype = operands.accumulation_dtype
 
     def unit(x: Tensor) -> Tensor:
-        return F.normalize(x.to(operands.accumulation_dtype), dim=1, eps=_SMALLEST_NORM).to(x.dtype)
+        parts = [F.normalize(part.to(dtype), dim=1, eps=_SMALLEST_NORM).to(x.dtype) for part in _parts(x)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return replace(operands, a=unit(operands.a), b=None if operands.b is None else unit(operands.b), norm_bound=1.0)
 
 
-def through_unit_length(operands: Operands, unit: Operands, gradients: Gradients) -> Gradients:
-    """Gradients with respect to the rows of ``unit`` turned into those with respect to ``operands``, in place."""
+def through_unit_length(operands: Operands, gradients: Gradients) -> Gradients:
+    """Gradients with respect to rows of unit length turned into those with respect to ``operands``, in place."""
 
     def back(x: Tensor, gradient: Tensor | None) -> Tensor | None:
         if gradient is None:
             return None
-        x = x.to(gradient.dtype)
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        clamped = norm.clamp_min(_SMALLEST_NORM)
-        direction = x / clamped
-        radial = (gradient * direction).sum(dim=1, keepdim=True).masked_fill_(norm < _SMALLEST_NORM, 0.0)
-        return gradient.sub_(radial * direction).div_(clamped)
+        for given, part in zip(_parts(x), _parts(gradient), strict=True):
+            given = given.to(part.dtype)
+            norm = torch.linalg.vector_norm(given, dim=1, keepdim=True)
+            clamped = norm.clamp_min(_SMALLEST_NORM)
+            direction = given / clamped
+            radial = (part * direction).sum(dim=1, keepdim=True).masked_fill_(norm < _SMALLEST_NORM, 0.0)
+            part.sub_(radial * direction).div_(clamped)
+        return gradient
 
     return Gradients(back(operands.a, gradients.a), back(operands.keys, gradients.b), gradients.scale)
 
 
 def _inner_product(x: Tensor, y: Tensor) -> Tensor:
-    rows = max(1, _CHUNK // max(1, x.shape[1]))
-    parts = [(p.to(q.dtype) * q).sum() for p, q in zip(x.split(rows), y.split(rows), strict=True)]
-    return torch.stack(parts).sum()
+    return torch.stack([(p.to(q.dtype) * q).sum() for p, q in zip(_parts(x), _parts(y), strict=True)]).sum()
+
+
+def _parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Rows together, in parts whose copies in a wider dtype are small."""
+    return x.split(max(1, _CHUNK // max(1, x.shape[1])))

@@ -122,7 +122,7 @@ def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Nee
         positive.append(found.positive)
     gradients = finish(plan, unit, products, needs)
     if head.normalize:
-        gradients = through_unit_length(operands, unit, gradients)
+        gradients = through_unit_length(operands, gradients)
     all_values = Statistics(values, values.new_empty((0, m)))
     return LossAndGradients(loss, all_values, gradients, torch.cat(positive) if needs.positive else None)
 
