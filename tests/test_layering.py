@@ -1,4 +1,4 @@
-"""Imports run one way: terms <- backends <- engine <- pairwise <- cross_entropy <- losses <- nn."""
+"""Imports run one way: terms <- backends <- engine <- pairwise <- cross_entropy <- losses <- {nn, gradcache}."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import fastcl
 
 PACKAGE = Path(fastcl.__file__).parent
 LAYERS = (
-    ("terms", "checks", "tuning", "_C"),
+    ("terms", "checks", "trees", "tuning", "_C"),
     ("backends",),
     ("engine",),
     ("pairwise",),
     ("cross_entropy",),
     ("losses",),
-    ("nn",),
+    ("replay",),
+    ("nn", "gradcache"),
     ("doctor",),
     ("__init__", "__main__"),
 )
