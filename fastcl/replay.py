@@ -38,9 +38,8 @@ class EncoderCall:
         modules = _modules_of(encoder)
         self.synchronizing = [m for m in modules if hasattr(m, "no_sync") or hasattr(m, "set_requires_gradient_sync")]
         """modules that reduce gradients over ranks: DistributedDataParallel has the first method, FSDP2 the second"""
-        self.on_devices = _one_per_device(
-            [*tensors_of(self.inputs), *(p for m in modules for p in m.parameters(False))]
-        )
+        parameters = (p for m in modules for p in m.parameters(recurse=False))
+        self.on_devices = _one_per_device([*tensors_of(self.inputs), *parameters])
         self.random_states: list[_RandomState] = []
         self.differentiable: list[int] = []
         """which of the output's tensors have a gradient"""
@@ -363,8 +362,8 @@ def _reporter(progress: Progress | None, stage: str, calls: Sequence[EncoderCall
 def _warn_of_batch_norm() -> None:
     warnings.warn(
         "an encoder has BatchNorm in training mode: in gradient caching it normalises by the statistics of each chunk, "
-        "not of the batch, and updates its running statistics twice for each. The usual remedies: GroupNorm or LayerNorm "
-        "in its place, its eval() mode, or chunks that are large enough.",
+        "not of the batch, and updates its running statistics twice for each. The usual remedies: GroupNorm or "
+        "LayerNorm in its place, its eval() mode, or chunks that are large enough.",
         RuntimeWarning,
         stacklevel=2,
     )
