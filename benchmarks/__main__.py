@@ -1,4 +1,5 @@
-"""The command: ``python -m benchmarks`` measures, ``python -m benchmarks status`` brings the README up to date."""
+"""The command: ``python -m benchmarks`` measures the losses, ``python -m benchmarks gradcache`` a training step in
+chunks, and ``python -m benchmarks status`` brings the README up to date."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import peak_table, plots, status
+from benchmarks import gradcache, peak_table, plots, status
 from benchmarks.cases import SUITES, Case, suite
 from benchmarks.environment import device_slug, git_commit
 from benchmarks.measure import GemmRate
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["status"]:
         return status.main(arguments[1:])
+    if arguments[:1] == ["gradcache"]:
+        return gradcache.main(arguments[1:])
     return measure(parse(arguments))
 
 
