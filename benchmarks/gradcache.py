@@ -215,7 +215,8 @@ def format_row(row: dict) -> str:
     if row["status"] != "ok":
         return start + row["status"]
     times = f"{row['times_plain']:.2f}x without chunks" if "times_plain" in row else ""
-    return f"{start}{row['median_ms']:>10,.0f} ms ({row['cpu_ms']:,.0f} of processor time) {row['peak_mb']:>8,.0f} MB  {times}"
+    ms = f"{row['median_ms']:>10,.0f} ms ({row['cpu_ms']:,.0f} of processor time)"
+    return f"{start}{ms} {row['peak_mb']:>8,.0f} MB  {times}"
 
 
 def write(rows: Sequence[dict], path: Path) -> None:
