@@ -40,6 +40,7 @@ class EncoderCall:
         """modules that reduce gradients over ranks: DistributedDataParallel has the first method, FSDP2 the second"""
         parameters = (p for m in modules for p in m.parameters(recurse=False))
         self.on_devices = _one_per_device([*tensors_of(self.inputs), *parameters])
+        self.autocast = _AutocastState.now()
         self.random_states: list[_RandomState] = []
         self.differentiable: list[int] = []
         """which of the output's tensors have a gradient"""
@@ -95,7 +96,7 @@ class EncoderCall:
             args, kwargs = replace_tensors(arguments, leaves, into_lists=False)
             last = end == self.bounds[-1][1]
             with _synchronized_over_ranks(self.synchronizing, at_last if last else ()):
-                with torch.enable_grad(), random_state.restored():
+                with torch.enable_grad(), random_state.restored(), self.autocast.restored():
                     outputs = self.differentiable_of(self.encoder(*args, **kwargs))
                 # A scalar is the same in each chunk; it is differentiated once.
                 found = [
@@ -133,7 +134,7 @@ def encode(calls: Sequence[EncoderCall], progress: Progress | None = None) -> En
     owners = [call.name for call in replayed for _ in call.differentiable]
     # Parameters are no inputs of the node, so that an empty tensor has to ask for a gradient.
     connected = _ReplayFunction.apply(
-        _Replay(replayed, _AutocastState.now(), progress),
+        functools.partial(_replay, replayed, progress),
         ends,
         torch.empty(0, requires_grad=True),
         *(x for call in replayed for x in call.tensors),
@@ -147,30 +148,26 @@ def encode(calls: Sequence[EncoderCall], progress: Progress | None = None) -> En
     return Encoded([map_leaves(lambda x: new.get(id(x), x), output) for output in outputs], without_gradient)
 
 
-class _Replay:
-    """The second pass over several calls."""
-
-    def __init__(self, calls: list[EncoderCall], autocast: _AutocastState, progress: Progress | None) -> None:
-        self.calls, self.autocast, self.progress = calls, autocast, progress
-
-    def __call__(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        remaining = iter(gradients)
-        own = [[next(remaining) for _ in call.differentiable] for call in self.calls]
-        for call, its in zip(self.calls, own, strict=True):
-            if all(gradient is None for gradient in its):
-                raise ValueError(f"{call.name} got no gradient from the loss: does the loss use its output?")
-        last_call = {module: call for call in self.calls for module in call.synchronizing}
-        report = _reporter(self.progress, "replay", self.calls)
-        results: list[Tensor | None] = []
-        with self.autocast.restored():
-            for call, its in zip(self.calls, own, strict=True):
-                results += call.replay(its, [m for m in call.synchronizing if last_call[m] is call], report)
-        return results
+def _replay(
+    calls: list[EncoderCall], progress: Progress | None, gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The second pass over several calls: the gradients of their input tensors from those of their outputs."""
+    remaining = iter(gradients)
+    own = {call: [next(remaining) for _ in call.differentiable] for call in calls}
+    for call in calls:
+        if all(gradient is None for gradient in own[call]):
+            raise ValueError(f"{call.name} got no gradient from the loss: does the loss use its output?")
+    last_call = {module: call for call in calls for module in call.synchronizing}
+    report = _reporter(progress, "replay", calls)
+    results: list[Tensor | None] = []
+    for call in calls:
+        results += call.replay(own[call], [m for m in call.synchronizing if last_call[m] is call], report)
+    return results
 
 
 class _ReplayFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, replay: _Replay, outputs: list[Tensor], _: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, replay: Callable, outputs: list[Tensor], _: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.replay = replay
         ctx.set_materialize_grads(False)
         # So that autograd notices a batch that was changed in place before its replay.
@@ -316,17 +313,24 @@ def _count_rows(name: str, inputs: Any) -> int:
 
 
 def _modules_of(encoder: Any) -> list[nn.Module]:
-    """The modules behind a callable: itself, what it is a method or a partial of, or what its code refers to."""
+    """The modules behind a callable: itself, what it is a method or a partial of, what its code refers to by name.
+
+    Where one of these is an object of another kind, a trainer for example, the modules that it has as attributes.
+    """
+    others: list[Any] = []
     if isinstance(encoder, functools.partial):
-        candidates = [encoder.func, *encoder.args, *encoder.keywords.values()]
+        roots = [encoder.func, *encoder.args, *encoder.keywords.values()]
     elif inspect.ismethod(encoder):
-        candidates = [encoder.__self__]
+        roots = [encoder.__self__]
     elif inspect.isfunction(encoder):
         variables = inspect.getclosurevars(inspect.unwrap(encoder))
-        candidates = [*variables.nonlocals.values(), *variables.globals.values()]
+        roots, others = list(variables.nonlocals.values()), list(variables.globals.values())
     else:
-        candidates = [encoder]
-    modules = (m for candidate in candidates if isinstance(candidate, nn.Module) for m in candidate.modules())
+        roots = [encoder]
+    for root in roots:
+        if not isinstance(root, nn.Module):
+            others += getattr(root, "__dict__", {}).values()
+    modules = (m for x in (*roots, *others) if isinstance(x, nn.Module) for m in x.modules())
     return list(dict.fromkeys(modules))
 
 
