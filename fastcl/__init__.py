@@ -8,6 +8,7 @@ torch.Size([])
 
 from fastcl import nn
 from fastcl.engine import list_backends
+from fastcl.gradcache import GradCache, cached
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
 from fastcl.losses.info_nce import info_nce
@@ -19,10 +20,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Axis",
+    "GradCache",
     "LossStats",
     "Mask",
     "Reduce",
     "Term",
+    "cached",
     "clip_loss",
     "info_nce",
     "list_backends",

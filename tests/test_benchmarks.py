@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import measure, peak_table, status
+from benchmarks import gradcache, measure, peak_table, status
 from benchmarks.cases import SUITES, Case, suite
 from benchmarks.measure import GemmRate
 from benchmarks.providers import CPU_ENGINE, CPU_ENGINE_ON_ONE_THREAD, find, providers
@@ -219,6 +219,30 @@ def test_a_small_run_of_the_engine(tmp_path: Path) -> None:
         assert int(row["repeats"]) > 1
     assert float(own["thread_scaling"]) > 0
     assert CPU_ENGINE_ON_ONE_THREAD not in [provider.name for provider in providers("cpu")]
+
+
+def test_a_small_run_of_gradient_caching(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    providers = ["without chunks", "fastcl GradCache"]
+    arguments = ["gradcache", "--sizes", "64", "--out", str(tmp_path), "--providers", *providers]
+    assert command.main(arguments) == 0
+    rows = read_csv(tmp_path / "gradcache.csv")
+    assert [(row["provider"], row["status"]) for row in rows] == [(name, "ok") for name in providers]
+    assert all(float(row["gradient_error"]) < 1e-4 for row in rows)
+    assert all(float(row["cpu_ms"]) > 0 and float(row["times_plain"]) > 0 for row in rows)
+    assert "64 pairs  fastcl GradCache" in capsys.readouterr().out
+
+
+def test_wrong_gradients_of_a_cache_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that forgets its last chunk is not timed."""
+
+    def forgetful(encoder: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> gradcache.Step:
+        step = gradcache.own(encoder, x[: -gradcache.CHUNK], y[: -gradcache.CHUNK])
+        return lambda: step()
+
+    monkeypatch.setitem(gradcache.PROVIDERS, "fastcl GradCache", (forgetful, "fastcl"))
+    found = gradcache.measure("fastcl GradCache", 64, "cpu")
+    assert found["status"].startswith("gate red")
+    assert "median_ms" not in found
 
 
 def test_peak_memory_sees_a_block() -> None:

@@ -11,14 +11,15 @@ import fastcl
 
 PACKAGE = Path(fastcl.__file__).parent
 LAYERS = (
-    ("terms", "checks", "exchange", "tuning", "_C"),
+    ("terms", "checks", "exchange", "trees", "tuning", "_C"),
     ("backends",),
     ("engine",),
     ("distributed",),
     ("pairwise",),
     ("cross_entropy",),
     ("losses",),
-    ("nn",),
+    ("replay",),
+    ("nn", "gradcache"),
     ("doctor",),
     ("__init__", "__main__"),
 )
