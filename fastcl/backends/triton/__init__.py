@@ -1,5 +1,7 @@
 """Fused Triton kernels for CUDA devices: a forward that sweeps S once, a backward over bounded panels of W.
 
+A softmax loss along rows takes one sweep for both, over panels of whole rows.
+
 May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share, ``softmax`` and ``shift``. Importing this
 package does not import Triton; only a call does. Under ``TRITON_INTERPRET=1`` it also takes CPU tensors, to be tested
 without a device.
@@ -65,6 +67,12 @@ def gradient(
 
 
 def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
+    if needs.product_a or needs.b:
+        from fastcl.backends.triton import panels
+
+        height = panels.panel_rows(plan, operands, head)
+        if height > 0:
+            return panels.cross_entropy(plan, operands, head, needs, height)
     return two_sweeps(statistics, gradient, plan, operands, head, needs)
 
 

@@ -21,8 +21,8 @@ from fastcl.backends.triton.plan import MAX_CODE, Constants, TermCode, constants
 from fastcl.terms import Operands, Plan, Products, Statistics
 
 _PANEL_ROWS = 8192
-_MOST_ELEMENTS = 2**30
-_GROUP_M = 8
+MOST_ELEMENTS = 2**30
+GROUP_M = 8
 
 
 class Panel(NamedTuple):
@@ -63,13 +63,13 @@ def gradient(
 
     grad_a = torch.zeros(n, d, dtype=torch.float32, device=x.a.device) if needs_a else None
     grad_b = torch.zeros(m, d, dtype=torch.float32, device=x.a.device) if needs_b else None
-    config = launch.configuration("weights_symmetric" if plan.symmetric else "weights", x, n, m)
+    config = launch.configuration("weights_symmetric" if plan.symmetric else "weights", x.a, n, m)
     height, width = _panel_shape(n, m, x.a, config)
     panels = list(_panels(n, m, height, width, plan.symmetric))
     panel_rows, panel_columns = map(max, zip(*(panel.shape for panel in panels), strict=True))
     workspace = torch.empty(
-        _round_up(panel_rows, config.block_m),
-        _round_up(panel_columns, config.block_n),
+        round_up(panel_rows, config.block_m),
+        round_up(panel_columns, config.block_n),
         dtype=x.a.dtype,
         device=x.a.device,
     )
@@ -98,31 +98,31 @@ def gradient(
                 *panel[:4],
                 workspace.stride(0),
                 MIRROR=panel.mirror,
-                GROUP_M=_GROUP_M,
+                GROUP_M=GROUP_M,
                 **launch.constant_arguments(codes, x, config),
             )
             weights = workspace[:rows, :columns]
             of_rows = slice(panel.row_begin, panel.row_end)
             of_columns = slice(panel.column_begin, panel.column_end)
             if grad_a is not None:
-                _add_product(grad_a[of_rows], weights, x.b[of_columns])
+                add_product(grad_a[of_rows], weights, x.b[of_columns])
             if grad_b is not None:
-                _add_product(grad_b[of_columns], weights.t(), x.a[of_rows])
+                add_product(grad_b[of_columns], weights.t(), x.a[of_rows])
             if plan.symmetric and not panel.mirror:
-                _add_product(grad_a[of_columns], weights.t(), x.a[of_rows])
+                add_product(grad_a[of_columns], weights.t(), x.a[of_rows])
     return Products(*(_unscaled(grad, multiplier, x.a.dtype) for grad in (grad_a, grad_b)))
 
 
 def _panel_shape(n: int, m: int, like: Tensor, config: tuning.Config) -> tuple[int, int]:
     """A bounded panel of whole tiles: first tall, so that W @ B fills a GPU, then wide."""
-    elements = min(tuning.workspace_bytes(launch.capability(like)) // like.element_size(), _MOST_ELEMENTS)
+    elements = min(tuning.workspace_bytes(launch.capability(like)) // like.element_size(), MOST_ELEMENTS)
     tallest = max(config.block_m, min(_PANEL_ROWS, math.isqrt(elements)) // config.block_m * config.block_m)
-    height = min(_round_up(n, config.block_m), tallest)
+    height = min(round_up(n, config.block_m), tallest)
     width = max(config.block_n, elements // height // config.block_n * config.block_n)
     return height, width
 
 
-def _round_up(count: int, multiple: int) -> int:
+def round_up(count: int, multiple: int) -> int:
     return triton.cdiv(count, multiple) * multiple
 
 
@@ -159,8 +159,9 @@ def _unscaled(grad: Tensor | None, multiplier: Tensor, dtype: torch.dtype) -> Te
     return grad.div_(multiplier) if grad is not None and dtype is torch.float16 else grad
 
 
-def _add_product(accumulator: Tensor, weights: Tensor, vectors: Tensor) -> None:
+def add_product(accumulator: Tensor, weights: Tensor, vectors: Tensor, beta: int = 1) -> None:
+    """accumulator = beta * accumulator + weights @ vectors; with beta 0 it may hold anything."""
     if accumulator.is_cuda and weights.dtype is not torch.float32:
-        torch.addmm(accumulator, weights, vectors, out_dtype=torch.float32, out=accumulator)
+        torch.addmm(accumulator, weights, vectors, beta=beta, out_dtype=torch.float32, out=accumulator)
     else:
-        accumulator.addmm_(weights.float(), vectors.float())
+        torch.addmm(accumulator, weights.float(), vectors.float(), beta=beta, out=accumulator)
