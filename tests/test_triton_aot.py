@@ -29,6 +29,7 @@ from fastcl.backends.triton.kernels.exponentials import exponentials_kernel, rep
 from fastcl.backends.triton.kernels.head import head_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.redo import redo_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.sweep import sweep_kernel  # noqa: E402
+from fastcl.backends.triton.kernels.unit import through_unit_kernel, unit_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.weights import weights_kernel  # noqa: E402
 from fastcl.backends.triton.plan import constants  # noqa: E402
 from fastcl.terms import Axis, Mask, Plan, Reduce, Term  # noqa: E402
@@ -82,7 +83,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capability: int, warps: int, stages: int) -> Any:
     """As a launch would with aligned operands and D divisible by 16."""
-    of_operands = {"a_ptr", "b_ptr", "own_ptr", "other_ptr", "panel_ptr"}
+    of_operands = {"a_ptr", "b_ptr", "own_ptr", "other_ptr", "panel_ptr", "x_ptr", "unit_ptr"}
     divisible = {"d", "stride_a", "stride_b", "stride_own", "stride_other", "panel_stride"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -171,6 +172,14 @@ def test_head_fits(capability: int, tmp_path: Path) -> None:
     assert usage(compiled, tmp_path).stack == 0
     addresses = re.findall(r"arith\.muli .* : tensor<128x(i\d+)>", compiled.asm["ttir"])
     assert addresses == ["i64"]
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("kernel", [unit_kernel, through_unit_kernel], ids=lambda kernel: kernel.__name__)
+def test_unit_length_fits(kernel: Any, capability: int, tmp_path: Path) -> None:
+    compiled = compile_kernel(kernel, "bf16", {"BLOCK_ROWS": 8, "BLOCK_D": 128}, capability, 4, 3)
+    assert usage(compiled, tmp_path).stack == 0
+    assert set(re.findall(r"arith\.muli .* : tensor<8x1x(i\d+)>", compiled.asm["ttir"])) == {"i64"}
 
 
 @pytest.mark.parametrize("case", [1, 2, 4, 5, 6], ids=lambda i: CASES[i][1].__name__)

@@ -139,7 +139,7 @@ def check(plan: Plan, operands: Operands, tolerance: float = 5e-6, gradient_tole
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the process it would start is this one")
-@pytest.mark.parametrize("file", [Path(__file__).name, "test_triton_panels.py"])
+@pytest.mark.parametrize("file", [Path(__file__).name, "test_triton_panels.py", "test_triton_launches.py"])
 def test_cases_in_the_interpreter(file: str) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from dataclasses import replace
 
 import torch
 
@@ -48,9 +49,9 @@ def supports(plan: Plan, operands: Operands) -> str | None:
 
 
 def statistics(plan: Plan, operands: Operands) -> Statistics:
-    from fastcl.backends.triton import forward
+    from fastcl.backends.triton import forward, launch
 
-    return forward.statistics(plan, operands)
+    return forward.statistics(plan, launch.inputs(operands))
 
 
 def gradient(
@@ -61,19 +62,29 @@ def gradient(
     needs_a: bool,
     needs_b: bool,
 ) -> Products:
-    from fastcl.backends.triton import backward
+    from fastcl.backends.triton import backward, launch
 
-    return backward.gradient(plan, operands, statistics, incoming, needs_a, needs_b)
+    return backward.gradient(plan, launch.inputs(operands), statistics, incoming, needs_a, needs_b)
 
 
 def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
-    if needs.product_a or needs.b:
-        from fastcl.backends.triton import panels
+    from fastcl.backends.triton import backward, forward, launch, panels, unit
 
-        height = panels.panel_rows(plan, operands, head)
-        if height > 0:
-            return panels.cross_entropy(plan, operands, head, needs, height)
-    return two_sweeps(statistics, gradient, plan, operands, head, needs)
+    if head.normalize:
+        found = cross_entropy(plan, unit.unit_operands(operands), replace(head, normalize=False), needs)
+        return found._replace(gradients=unit.through_unit_length(operands, found.gradients))
+    x = launch.inputs(operands)
+    height = panels.panel_rows(plan, x, head) if needs.product_a or needs.b else 0
+    if height > 0:
+        return panels.cross_entropy(plan, operands, x, head, needs, height)
+    return two_sweeps(
+        lambda plan, _: forward.statistics(plan, x),
+        lambda plan, _, *arguments: backward.gradient(plan, x, *arguments),
+        plan,
+        operands,
+        head,
+        needs,
+    )
 
 
 @functools.cache

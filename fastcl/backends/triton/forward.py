@@ -13,15 +13,14 @@ from fastcl.backends.triton.kernels.combine import combine_kernel
 from fastcl.backends.triton.kernels.redo import redo_kernel
 from fastcl.backends.triton.kernels.sweep import sweep_kernel
 from fastcl.backends.triton.plan import LSE_CODE, MAX_CODE, TermCode, constants
-from fastcl.terms import Operands, Plan, Statistics
+from fastcl.terms import Plan, Statistics
 
 _MOST_SUPER_TILES = 32
 _COMBINE_BLOCK = 32
 
 
-def statistics(plan: Plan, operands: Operands) -> Statistics:
+def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
     codes = constants(plan)
-    x = launch.inputs(operands)
     n, m, d = x.shape
     config = launch.configuration("sweep_symmetric" if plan.symmetric else "sweep", x.a, n, m)
     super_rows, row_slots = _super_tiles(n, config.block_m)

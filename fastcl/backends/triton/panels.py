@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from fastcl import tuning
-from fastcl.backends.softmax import finish, through_unit_length, unit_operands
+from fastcl.backends.softmax import finish
 from fastcl.backends.triton import launch
 from fastcl.backends.triton.backward import GROUP_M, MOST_ELEMENTS, add_product, round_up
 from fastcl.backends.triton.forward import finished
@@ -33,17 +33,17 @@ _HEAD_BLOCK = 128
 _PROGRAMS_OF_A_REPAIR = 32
 
 
-def panel_rows(plan: Plan, operands: Operands, head: CrossEntropy) -> int:
+def panel_rows(plan: Plan, x: launch.Inputs, head: CrossEntropy) -> int:
     """The height of the panels, 0 where they don't serve this loss or too few whole rows fit into the workspace."""
     denses = [term.mask.is_sparse for term in plan.rows if term.reduce is Reduce.LSE]
     sums = [term.mask.is_sparse for term in plan.rows if term.reduce is Reduce.SUM]
     if plan.symmetric or plan.columns or denses != [False] or (head.positive is None and sums != [True]):
         return 0
-    if operands.a.dtype is torch.float16:
+    if x.a.dtype is torch.float16:
         return 0  # it can't hold the range of E
-    n, m = operands.shape
-    config = launch.configuration("weights", operands.a, n, m)
-    elements = min(tuning.workspace_bytes(launch.capability(operands.a)) // operands.a.element_size(), MOST_ELEMENTS)
+    n, m, _ = x.shape
+    config = launch.configuration("weights", x.a, n, m)
+    elements = min(tuning.workspace_bytes(launch.capability(x.a)) // x.a.element_size(), MOST_ELEMENTS)
     fitting = elements // round_up(m, config.block_n) // config.block_m * config.block_m
     if fitting < min(_LOWEST_PANEL, n):
         return 0
@@ -61,10 +61,10 @@ class _Rows(NamedTuple):
         return _Rows(*(None if x is None else x[rows] for x in self))
 
 
-def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs, height: int) -> LossAndGradients:
+def cross_entropy(
+    plan: Plan, operands: Operands, x: launch.Inputs, head: CrossEntropy, needs: Needs, height: int
+) -> LossAndGradients:
     """Loss and gradients from panels of ``height`` rows, as :func:`panel_rows` has it, where a product is needed."""
-    unit = unit_operands(operands) if head.normalize else operands
-    x = launch.inputs(unit)
     x = x._replace(shift=x.shift + _RAISED_BY)
     n, m, d = x.shape
     codes = constants(plan)
@@ -91,9 +91,7 @@ def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Nee
             if products.b is not None:
                 scaled = torch.mul(own.a, factors, out=torch.empty_like(own.a))
                 add_product(products.b, panel.t(), scaled, beta=int(start > 0))
-    gradients = finish(plan, unit, products, needs)
-    if head.normalize:
-        gradients = through_unit_length(operands, unit, gradients)
+    gradients = finish(plan, operands, products, needs)
     statistics = Statistics(values[0] if len(values) == 1 else torch.cat(values, dim=1), empty(0, m))
     return LossAndGradients(found.losses.sum(), statistics, gradients, found.positive)
 

@@ -195,7 +195,9 @@ def weights_kernel(
             COLUMN_TERMS, ALONG_COLUMNS,
         )  # fmt: skip
 
-    weights = (weights * tl.load(multiplier_ptr)).to(panel_ptr.dtype.element_ty)
+    if multiplier_ptr is not None:
+        weights *= tl.load(multiplier_ptr)
+    weights = weights.to(panel_ptr.dtype.element_ty)
     corner = panel_ptr + (i0 - row_begin).to(tl.int64) * panel_stride + (j0 - column_begin)
     in_tile_m = tl.arange(0, BLOCK_M)
     in_tile_n = tl.arange(0, BLOCK_N)
