@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import fastcl
+from fastcl import tuning
+from fastcl.backends import triton
 from fastcl.losses.info_nce import reference as info_nce_reference
-from tests.cases import DTYPES, LOSSES, SHAPES, Loss, available_backends, make_features, value_and_gradients
+from fastcl.terms import LossAndGradients, Needs, Plan
+from tests.cases import (
+    DTYPES,
+    LOSSES,
+    SHAPES,
+    Loss,
+    available_backends,
+    make_features,
+    relative_error,
+    value_and_gradients,
+)
 from tests.test_correctness import check_against_float64, supported
+from tests.test_one_sweep import ALONG_ROWS, NO_POSITIVE, found_gradients, judge, make
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +75,40 @@ def test_no_synchronisation() -> None:
         loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("plan", [ALONG_ROWS, NO_POSITIVE], ids=["along-rows", "no-positive"])
+def test_panels_of_whole_rows(plan: Plan, dtype: torch.dtype) -> None:
+    """Three of them, in a CUDA graph; at scale 100 some rows need a shift of their own."""
+    operands, head = make(plan, 2900, 1500, 96, scale=100.0, normalize=False)
+    operands.a[::3] = operands.a[0] + 0.1 * operands.a[::3]
+    operands.b[:] = -operands.a[0] + 0.1 * operands.b
+    unit = {name: torch.nn.functional.normalize(getattr(operands, name), dim=1).to(dtype) for name in ("a", "b")}
+    operands = replace(operands, **unit)
+    loss, gradients = judge(plan, operands, head)
+    x = replace(operands, **{name: getattr(operands, name).cuda() for name in ("a", "b", "scale", "target")})
+    positive = None if head.positive is None else head.positive.cuda()
+    on_gpu = replace(head, positive=positive, weights=head.weights.cuda())
+    needs = Needs(True, True, True, positive is not None)
+
+    def run() -> LossAndGradients:
+        with tuning.override(workspace_bytes=1024 * 1536 * x.a.element_size()):
+            return triton.cross_entropy(plan, x, on_gpu, needs)
+
+    eager = run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    tolerance = 1e-4 if dtype is torch.float32 else 2e-2
+    assert relative_error(captured.loss.cpu(), loss) <= tolerance
+    assert torch.equal(captured.loss, eager.loss)
+    again = found_gradients(eager)
+    for name, gradient in found_gradients(captured).items():
+        assert torch.equal(gradient, again[name]), name
+        assert relative_error(gradient.cpu(), gradients[name]) <= tolerance * (20 if name == "scale" else 1), name
 
 
 def test_more_than_two_to_the_31_elements() -> None:

@@ -25,8 +25,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fastcl.backends.triton.kernels.combine import combine_kernel  # noqa: E402
+from fastcl.backends.triton.kernels.exponentials import exponentials_kernel, repair_kernel  # noqa: E402
+from fastcl.backends.triton.kernels.head import head_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.redo import redo_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.sweep import sweep_kernel  # noqa: E402
+from fastcl.backends.triton.kernels.unit import through_unit_kernel, unit_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.weights import weights_kernel  # noqa: E402
 from fastcl.backends.triton.plan import constants  # noqa: E402
 from fastcl.terms import Axis, Mask, Plan, Reduce, Term  # noqa: E402
@@ -47,14 +50,19 @@ CLIP = Plan(
         Term(Reduce.MAX, NOT_SELF, Axis.COLUMN),
     )
 )
+INFO_NCE = Plan((Term(Reduce.LSE, NEITHER), Term(Reduce.SUM, Mask(target=True)), Term(Reduce.MAX, NEITHER)))
 
 WEIGHTS = {"MIRROR": False, "GROUP_M": 8}
+PANEL = {"TERMS": constants(INFO_NCE).row_terms, "USES_SELF": True, "USES_TARGET": True, "GROUP_M": 8}
+ONE_TERM = {"SELF": 2, "TARGET": 2}
 CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("sweep_symmetric", sweep_kernel, constants(NT_XENT).as_arguments()),
     ("sweep", sweep_kernel, constants(CLIP).as_arguments()),
-    ("redo", redo_kernel, {"OWN_IS_ROW": True, "SELF": 2, "TARGET": 2}),
+    ("redo", redo_kernel, {"OWN_IS_ROW": True} | ONE_TERM),
     ("weights_symmetric", weights_kernel, constants(NT_XENT).as_arguments() | WEIGHTS | {"MIRROR": True}),
     ("weights", weights_kernel, constants(CLIP).as_arguments() | WEIGHTS),
+    ("weights", exponentials_kernel, PANEL),
+    ("redo", repair_kernel, ONE_TERM),
 )
 """(entry of the tuning table, kernel, constants): the most demanding plan for each kernel."""
 
@@ -75,7 +83,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capability: int, warps: int, stages: int) -> Any:
     """As a launch would with aligned operands and D divisible by 16."""
-    of_operands = {"a_ptr", "b_ptr", "own_ptr", "other_ptr", "panel_ptr"}
+    of_operands = {"a_ptr", "b_ptr", "own_ptr", "other_ptr", "panel_ptr", "x_ptr", "unit_ptr"}
     divisible = {"d", "stride_a", "stride_b", "stride_own", "stride_other", "panel_stride"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -84,7 +92,7 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capabilit
         elif name.endswith("_ptr"):
             signature[name] = "*" + (dtype if name in of_operands else "i32" if name == "target_ptr" else "fp32")
         else:
-            signature[name] = "fp32" if name == "threshold" else "i32"
+            signature[name] = "fp32" if name in ("threshold", "share") else "i32"
         if name.endswith("_ptr") or name in divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
@@ -118,11 +126,11 @@ def table(capability: int) -> tuning.Table:
     return tuning.table(divmod(capability, 10))
 
 
-def default_cases(capability: int) -> Iterator[tuple[str, str, Any, dict[str, Any], tuning.Config]]:
+def default_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, Any], tuning.Config]]:
     for name, kernel, kernel_constants in CASES:
         for precision in PRECISIONS:
             for config in dict.fromkeys(config for _, config in table(capability).entries[name, precision]):
-                yield name, precision, kernel, kernel_constants, config
+                yield precision, kernel, kernel_constants, config
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
@@ -130,15 +138,15 @@ def test_default_configurations_fit(capability: int, tmp_path: Path, record_prop
     """All are compiled before any is judged, so that a failure shows every one that doesn't fit."""
     assert table(capability).shared_memory <= SHARED_MEMORY[capability]
     too_much = []
-    for name, precision, kernel, kernel_constants, config in default_cases(capability):
+    for precision, kernel, kernel_constants, config in default_cases(capability):
         dtype, dot = PRECISIONS[precision]
         compiled = compile_at(kernel, dtype, dot, kernel_constants, capability, config)
         if capability == 90 and precision == "half":
             assert "HGMMA" in compiled.asm["sass"]
         used = usage(compiled, tmp_path)
-        record_property(f"{name} {precision}", used._asdict())
+        record_property(f"{kernel.__name__} {precision}", used._asdict())
         if used.stack or used.shared_memory > table(capability).shared_memory:
-            too_much.append((name, precision, config, used))
+            too_much.append((kernel.__name__, precision, config, used))
     assert not too_much
 
 
@@ -154,15 +162,31 @@ def test_float16_on_hopper(case: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("terms", [constants(NT_XENT).row_terms, constants(CLIP).column_terms])
 def test_combine_fits(terms: Any, tmp_path: Path) -> None:
-    compiled = compile_kernel(combine_kernel, "fp32", {"TERMS": terms, "BLOCK": 256}, 80, 4, 3)
+    compiled = compile_kernel(combine_kernel, "fp32", {"TERMS": terms, "BLOCK": 32}, 80, 4, 3)
     assert usage(compiled, tmp_path).stack == 0
 
 
-@pytest.mark.parametrize("case", [1, 2, 4], ids=lambda i: CASES[i][0])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_head_fits(capability: int, tmp_path: Path) -> None:
+    compiled = compile_kernel(head_kernel, "bf16", {"SELF": 2, "TARGET": 1, "BLOCK": 128}, capability, 4, 3)
+    assert usage(compiled, tmp_path).stack == 0
+    addresses = re.findall(r"arith\.muli .* : tensor<128x(i\d+)>", compiled.asm["ttir"])
+    assert addresses == ["i64"]
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("kernel", [unit_kernel, through_unit_kernel], ids=lambda kernel: kernel.__name__)
+def test_unit_length_fits(kernel: Any, capability: int, tmp_path: Path) -> None:
+    compiled = compile_kernel(kernel, "bf16", {"BLOCK_ROWS": 8, "BLOCK_D": 128}, capability, 4, 3)
+    assert usage(compiled, tmp_path).stack == 0
+    assert set(re.findall(r"arith\.muli .* : tensor<8x1x(i\d+)>", compiled.asm["ttir"])) == {"i64"}
+
+
+@pytest.mark.parametrize("case", [1, 2, 4, 5, 6], ids=lambda i: CASES[i][1].__name__)
 def test_row_offsets_are_64_bit(case: int) -> None:
     """N * D may exceed 2**31: both operands' indices are widened before they are multiplied by a stride.
 
-    What remains in 32 bits is the offset within one tile of W, as many rows of a bounded panel as a tile has.
+    What remains in 32 bits is the offset within one tile of a panel, as many rows of it as a tile has.
     """
     name, kernel, kernel_constants = CASES[case]
     _, config = table(90).entries[name, "half"][0]
@@ -171,7 +195,7 @@ def test_row_offsets_are_64_bit(case: int) -> None:
     rows, columns = f"{config.block_m}x1", f"1x{config.block_n}"
     assert {(rows, "i64"), (columns, "i64")} <= set(products)
     narrow = [product for product in products if product[1] == "i32"]
-    assert narrow == ([(rows, "i32")] if name == "weights" else [])
+    assert narrow == ([(rows, "i32")] if kernel in (weights_kernel, exponentials_kernel) else [])
 
 
 def test_tables_are_complete() -> None:

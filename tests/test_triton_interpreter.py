@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,14 +139,18 @@ def check(plan: Plan, operands: Operands, tolerance: float = 5e-6, gradient_tole
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the process it would start is this one")
-def test_cases_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", [Path(__file__).name, "test_triton_panels.py", "test_triton_launches.py"])
+def test_cases_in_the_interpreter(file: str) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     numpy = pytest.importorskip("numpy")
     if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip(f"Triton's interpreter does not work with numpy {numpy.__version__}")
     process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", __file__],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=short"),
+            Path(__file__).with_name(file),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

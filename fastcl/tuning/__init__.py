@@ -65,7 +65,7 @@ def lookup(kernel: str, precision: str, capability: tuple[int, int] | None, **sh
 
 
 def workspace_bytes(capability: tuple[int, int] | None = None) -> int:
-    """How much memory the backward may take for a panel of its gradient matrix, whatever the shape."""
+    """How much memory a panel of the gradient matrix, or of what it is made from, may take, whatever the shape."""
     _, size = _override.get()
     return table(capability).workspace_bytes if size is None else size
 

@@ -1,5 +1,7 @@
 """Fused Triton kernels for CUDA devices: a forward that sweeps S once, a backward over bounded panels of W.
 
+A softmax loss along rows takes one sweep for both, over panels of whole rows.
+
 May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share, ``softmax`` and ``shift``. Importing this
 package does not import Triton; only a call does. Under ``TRITON_INTERPRET=1`` it also takes CPU tensors, to be tested
 without a device.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from dataclasses import replace
 
 import torch
 
@@ -46,9 +49,9 @@ def supports(plan: Plan, operands: Operands) -> str | None:
 
 
 def statistics(plan: Plan, operands: Operands) -> Statistics:
-    from fastcl.backends.triton import forward
+    from fastcl.backends.triton import forward, launch
 
-    return forward.statistics(plan, operands)
+    return forward.statistics(plan, launch.inputs(operands))
 
 
 def gradient(
@@ -59,13 +62,29 @@ def gradient(
     needs_a: bool,
     needs_b: bool,
 ) -> Products:
-    from fastcl.backends.triton import backward
+    from fastcl.backends.triton import backward, launch
 
-    return backward.gradient(plan, operands, statistics, incoming, needs_a, needs_b)
+    return backward.gradient(plan, launch.inputs(operands), statistics, incoming, needs_a, needs_b)
 
 
 def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
-    return two_sweeps(statistics, gradient, plan, operands, head, needs)
+    from fastcl.backends.triton import backward, forward, launch, panels, unit
+
+    if head.normalize:
+        found = cross_entropy(plan, unit.unit_operands(operands), replace(head, normalize=False), needs)
+        return found._replace(gradients=unit.through_unit_length(operands, found.gradients))
+    x = launch.inputs(operands)
+    height = panels.panel_rows(plan, x, head) if needs.product_a or needs.b else 0
+    if height > 0:
+        return panels.cross_entropy(plan, operands, x, head, needs, height)
+    return two_sweeps(
+        lambda plan, _: forward.statistics(plan, x),
+        lambda plan, _, *arguments: backward.gradient(plan, x, *arguments),
+        plan,
+        operands,
+        head,
+        needs,
+    )
 
 
 @functools.cache

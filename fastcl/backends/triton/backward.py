@@ -18,11 +18,11 @@ from fastcl import tuning
 from fastcl.backends.triton import launch
 from fastcl.backends.triton.kernels.weights import weights_kernel
 from fastcl.backends.triton.plan import MAX_CODE, Constants, TermCode, constants
-from fastcl.terms import Operands, Plan, Products, Statistics
+from fastcl.terms import Plan, Products, Statistics
 
 _PANEL_ROWS = 8192
-_MOST_ELEMENTS = 2**30
-_GROUP_M = 8
+MOST_ELEMENTS = 2**30
+GROUP_M = 8
 
 
 class Panel(NamedTuple):
@@ -41,7 +41,7 @@ class Panel(NamedTuple):
 
 def gradient(
     plan: Plan,
-    operands: Operands,
+    x: launch.Inputs,
     statistics: Statistics,
     incoming: Statistics,
     needs_a: bool,
@@ -52,7 +52,6 @@ def gradient(
     if not (needs_a or needs_b):
         return Products(None, None)
     codes = constants(plan)
-    x = launch.inputs(operands)
     n, m, d = x.shape
     row_statistics, row_incoming = statistics.rows.contiguous(), incoming.rows.contiguous()
     if plan.symmetric:
@@ -61,15 +60,16 @@ def gradient(
         column_statistics, column_incoming = statistics.columns.contiguous(), incoming.columns.contiguous()
     multiplier = _multiplier(codes, row_incoming, column_incoming, x.a.dtype)
 
-    grad_a = torch.zeros(n, d, dtype=torch.float32, device=x.a.device) if needs_a else None
-    grad_b = torch.zeros(m, d, dtype=torch.float32, device=x.a.device) if needs_b else None
-    config = launch.configuration("weights_symmetric" if plan.symmetric else "weights", x, n, m)
+    # the first panel of a row or column block overwrites what is there
+    grad_a = torch.empty(n, d, dtype=torch.float32, device=x.a.device) if needs_a else None
+    grad_b = torch.empty(m, d, dtype=torch.float32, device=x.a.device) if needs_b else None
+    config = launch.configuration("weights_symmetric" if plan.symmetric else "weights", x.a, n, m)
     height, width = _panel_shape(n, m, x.a, config)
     panels = list(_panels(n, m, height, width, plan.symmetric))
     panel_rows, panel_columns = map(max, zip(*(panel.shape for panel in panels), strict=True))
     workspace = torch.empty(
-        _round_up(panel_rows, config.block_m),
-        _round_up(panel_columns, config.block_n),
+        round_up(panel_rows, config.block_m),
+        round_up(panel_columns, config.block_n),
         dtype=x.a.dtype,
         device=x.a.device,
     )
@@ -98,31 +98,32 @@ def gradient(
                 *panel[:4],
                 workspace.stride(0),
                 MIRROR=panel.mirror,
-                GROUP_M=_GROUP_M,
+                GROUP_M=GROUP_M,
                 **launch.constant_arguments(codes, x, config),
             )
             weights = workspace[:rows, :columns]
             of_rows = slice(panel.row_begin, panel.row_end)
             of_columns = slice(panel.column_begin, panel.column_end)
+            beta_rows, beta_columns = int(panel.column_begin > 0), int(panel.row_begin > 0)
             if grad_a is not None:
-                _add_product(grad_a[of_rows], weights, x.b[of_columns])
+                add_product(grad_a[of_rows], weights, x.b[of_columns], beta_rows)
             if grad_b is not None:
-                _add_product(grad_b[of_columns], weights.t(), x.a[of_rows])
+                add_product(grad_b[of_columns], weights.t(), x.a[of_rows], beta_columns)
             if plan.symmetric and not panel.mirror:
-                _add_product(grad_a[of_columns], weights.t(), x.a[of_rows])
-    return Products(*(_unscaled(grad, multiplier, x.a.dtype) for grad in (grad_a, grad_b)))
+                add_product(grad_a[of_columns], weights.t(), x.a[of_rows], beta_columns)
+    return Products(*(_unscaled(grad, multiplier) for grad in (grad_a, grad_b)))
 
 
 def _panel_shape(n: int, m: int, like: Tensor, config: tuning.Config) -> tuple[int, int]:
     """A bounded panel of whole tiles: first tall, so that W @ B fills a GPU, then wide."""
-    elements = min(tuning.workspace_bytes(launch.capability(like)) // like.element_size(), _MOST_ELEMENTS)
+    elements = min(tuning.workspace_bytes(launch.capability(like)) // like.element_size(), MOST_ELEMENTS)
     tallest = max(config.block_m, min(_PANEL_ROWS, math.isqrt(elements)) // config.block_m * config.block_m)
-    height = min(_round_up(n, config.block_m), tallest)
+    height = min(round_up(n, config.block_m), tallest)
     width = max(config.block_n, elements // height // config.block_n * config.block_n)
     return height, width
 
 
-def _round_up(count: int, multiple: int) -> int:
+def round_up(count: int, multiple: int) -> int:
     return triton.cdiv(count, multiple) * multiple
 
 
@@ -137,17 +138,16 @@ def _panels(n: int, m: int, height: int, width: int, symmetric: bool) -> Iterato
             yield Panel(row_begin, row_end, column_begin, min(column_begin + width, m))
 
 
-def _multiplier(codes: Constants, row_incoming: Tensor, column_incoming: Tensor, dtype: torch.dtype) -> Tensor:
+def _multiplier(codes: Constants, row_incoming: Tensor, column_incoming: Tensor, dtype: torch.dtype) -> Tensor | None:
     """A power of two that lifts W into float16's range: |W| is at most the largest |gradient| of each term, summed.
 
     Without it nearly all of W, about 1/N each, would be subnormal; with N itself a loss scaled by GradScaler overflows.
     """
-    one = torch.ones((), dtype=torch.float32, device=row_incoming.device)
     if dtype is not torch.float16:
-        return one
+        return None
     bound = _largest_sum(codes.row_terms, row_incoming) + _largest_sum(codes.column_terms, column_incoming)
     multiplier = torch.exp2(14.0 - torch.ceil(torch.log2(bound)).clamp(-100.0, 100.0))
-    return torch.where(torch.isfinite(bound) & (bound > 0), multiplier, one)
+    return torch.where(torch.isfinite(bound) & (bound > 0), multiplier, 1.0)
 
 
 def _largest_sum(terms: tuple[TermCode, ...], incoming: Tensor) -> Tensor:
@@ -155,12 +155,13 @@ def _largest_sum(terms: tuple[TermCode, ...], incoming: Tensor) -> Tensor:
     return sum((incoming[t].abs().amax() for t, (reduce, _, _) in enumerate(terms) if reduce != MAX_CODE), zero)
 
 
-def _unscaled(grad: Tensor | None, multiplier: Tensor, dtype: torch.dtype) -> Tensor | None:
-    return grad.div_(multiplier) if grad is not None and dtype is torch.float16 else grad
+def _unscaled(grad: Tensor | None, multiplier: Tensor | None) -> Tensor | None:
+    return grad if grad is None or multiplier is None else grad.div_(multiplier)
 
 
-def _add_product(accumulator: Tensor, weights: Tensor, vectors: Tensor) -> None:
+def add_product(accumulator: Tensor, weights: Tensor, vectors: Tensor, beta: int) -> None:
+    """accumulator = beta * accumulator + weights @ vectors; with beta 0 it may hold anything."""
     if accumulator.is_cuda and weights.dtype is not torch.float32:
-        torch.addmm(accumulator, weights, vectors, out_dtype=torch.float32, out=accumulator)
+        torch.addmm(accumulator, weights, vectors, beta=beta, out_dtype=torch.float32, out=accumulator)
     else:
-        accumulator.addmm_(weights.float(), vectors.float())
+        torch.addmm(accumulator, weights.float(), vectors.float(), beta=beta, out=accumulator)

@@ -13,17 +13,16 @@ from fastcl.backends.triton.kernels.combine import combine_kernel
 from fastcl.backends.triton.kernels.redo import redo_kernel
 from fastcl.backends.triton.kernels.sweep import sweep_kernel
 from fastcl.backends.triton.plan import LSE_CODE, MAX_CODE, TermCode, constants
-from fastcl.terms import Operands, Plan, Statistics
+from fastcl.terms import Plan, Statistics
 
 _MOST_SUPER_TILES = 32
-_COMBINE_BLOCK = 256
+_COMBINE_BLOCK = 32
 
 
-def statistics(plan: Plan, operands: Operands) -> Statistics:
+def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
     codes = constants(plan)
-    x = launch.inputs(operands)
     n, m, d = x.shape
-    config = launch.configuration("sweep_symmetric" if plan.symmetric else "sweep", x, n, m)
+    config = launch.configuration("sweep_symmetric" if plan.symmetric else "sweep", x.a, n, m)
     super_rows, row_slots = _super_tiles(n, config.block_m)
     super_columns, column_slots = _super_tiles(m, config.block_n)
     row_partials = _no_partials(codes.row_terms, column_slots, n, x.a)
@@ -47,10 +46,10 @@ def statistics(plan: Plan, operands: Operands) -> Statistics:
             super_columns,
             **launch.constant_arguments(codes, x, config),
         )
-        rows = _finished(codes.row_terms, row_partials, x, own_is_row=True)
+        rows = finished(codes.row_terms, row_partials, x, own_is_row=True)
         if plan.symmetric:
             return Statistics(rows, rows.new_empty(0, m))
-        return Statistics(rows, _finished(codes.column_terms, column_partials, x, own_is_row=False))
+        return Statistics(rows, finished(codes.column_terms, column_partials, x, own_is_row=False))
 
 
 def _super_tiles(count: int, multiple: int) -> tuple[int, int]:
@@ -68,7 +67,7 @@ def _no_partials(terms: tuple[TermCode, ...], slots: int, count: int, like: Tens
     return partials
 
 
-def _finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, own_is_row: bool) -> Tensor:
+def finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, own_is_row: bool) -> Tensor:
     """The statistics of one axis, [terms, count]."""
     _, slots, count = partials.shape
     result = torch.empty(len(terms), count, dtype=torch.float32, device=partials.device)
@@ -78,7 +77,7 @@ def _finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, o
         partials, x.scale, x.shift, result, count, slots, TERMS=terms, BLOCK=_COMBINE_BLOCK
     )
     own, other = (x.a, x.b) if own_is_row else (x.b, x.a)
-    config = launch.configuration("redo", x, own.shape[0], other.shape[0])
+    config = launch.configuration("redo", x.a, own.shape[0], other.shape[0])
     for lse, (reduce, self_test, target_test) in zip(result, terms, strict=True):
         if reduce == LSE_CODE:
             redo_kernel[(triton.cdiv(count, config.block_m),)](

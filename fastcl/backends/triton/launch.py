@@ -53,10 +53,10 @@ def matmul_precision(dtype: torch.dtype) -> str:
     return _FLOAT32_PRECISION[torch.get_float32_matmul_precision()] if dtype is torch.float32 else "ieee"
 
 
-def configuration(kernel: str, x: Inputs, n: int, m: int) -> tuning.Config:
-    """The configuration for a kernel over [n, m] of S."""
-    precision = tuning.precision_class(x.a.dtype, matmul_precision(x.a.dtype))
-    return tuning.lookup(kernel, precision, capability(x.a), n=n, m=m, d=x.a.shape[1])
+def configuration(kernel: str, a: Tensor, n: int, m: int) -> tuning.Config:
+    """The configuration for a kernel over [n, m] of the S that ``a`` is one side of."""
+    precision = tuning.precision_class(a.dtype, matmul_precision(a.dtype))
+    return tuning.lookup(kernel, precision, capability(a), n=n, m=m, d=a.shape[1])
 
 
 def capability(x: Tensor) -> tuple[int, int] | None:

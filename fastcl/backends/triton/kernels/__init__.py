@@ -1,4 +1,4 @@
-"""The Triton kernels, one to a file; each file's first lines say what its kernel reads and what it alone writes.
+"""The Triton kernels; each file's first lines say what its kernels read and what they alone write.
 
 Importing this package imports Triton, so nothing outside :mod:`fastcl.backends.triton` may.
 """

@@ -3,16 +3,24 @@
 import triton
 import triton.language as tl
 
-from fastcl.backends.triton.kernels.sweep import merge, nothing
-from fastcl.backends.triton.kernels.tile import LN_2, LOG2_E, LSE, SUM
+from fastcl.backends.triton.kernels.sweep import largest, merge, nothing
+from fastcl.backends.triton.kernels.tile import LN_2, LOG2_E, LSE, MAX, SUM
+
+SLOTS = tl.constexpr(32)
 
 
 @triton.jit
 def _combined(partials_ptr, scale_ptr, shift_ptr, index, count, slots, REDUCE: tl.constexpr, BLOCK: tl.constexpr):
     total = nothing(BLOCK, REDUCE)
-    for slot in range(slots):
-        at = partials_ptr + tl.cast(slot, tl.int64) * count + index
-        total = merge(total, tl.load(at, mask=index < count, other=0.0), REDUCE)
+    for first in range(0, slots, SLOTS):
+        slot = first + tl.arange(0, SLOTS)
+        at = partials_ptr + slot.to(tl.int64)[:, None] * count + index[None, :]
+        there = (slot < slots)[:, None] & (index < count)[None, :]
+        if REDUCE == MAX:
+            some = tl.reduce(tl.load(at, mask=there, other=float("-inf")), 0, largest)
+        else:
+            some = tl.sum(tl.load(at, mask=there, other=0.0), axis=0)
+        total = merge(total, some, REDUCE)
     if REDUCE == LSE:
         total = (tl.log2(total) + tl.load(shift_ptr) * LOG2_E) * LN_2
     elif REDUCE == SUM:

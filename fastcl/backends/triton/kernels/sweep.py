@@ -37,7 +37,7 @@ def merge(x, y, REDUCE: tl.constexpr):
 
 
 @triton.jit
-def _largest(x, y):
+def largest(x, y):
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -98,13 +98,13 @@ def _reduce_term(
             else:
                 values = where_admitted(values, 0.0, inside, is_self, is_target, SELF, TARGET)
         if REDUCE == MAX:
-            return tl.reduce(values, AXIS, _largest)
+            return tl.reduce(values, AXIS, largest)
         else:
             return tl.sum(values, axis=AXIS)
 
 
 @triton.jit
-def _reduce_tile(
+def reduce_tile(
     products,
     scale,
     shift_log2,
@@ -116,6 +116,7 @@ def _reduce_tile(
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
+    """Every term's partial result over a tile; only an exceptional tile needs to be MASKED."""
     partials = ()
     for t in tl.static_range(len(TERMS)):
         partial = _reduce_term(
@@ -219,19 +220,19 @@ def sweep_kernel(
                     column_pairs = i < tl.where((columns < m) & above, n, 0)[None, :]
                     column_is_self = tl.zeros((1, 1), tl.int1)
                     column_is_target = i == tl.where(above, column_targets, -1)[None, :]
-                of_rows = _reduce_tile(
+                of_rows = reduce_tile(
                     products, scale, shift_log2, row_pairs, is_self, is_target,
                     ROW_TERMS, ALONG_ROWS, BLOCK_M, True,
                 )  # fmt: skip
-                of_columns = _reduce_tile(
+                of_columns = reduce_tile(
                     products, scale, shift_log2, column_pairs, column_is_self, column_is_target,
                     COLUMN_TERMS, ALONG_COLUMNS, BLOCK_N, True,
                 )  # fmt: skip
             else:
-                of_rows = _reduce_tile(
+                of_rows = reduce_tile(
                     products, scale, shift_log2, None, None, None, ROW_TERMS, ALONG_ROWS, BLOCK_M, False
                 )
-                of_columns = _reduce_tile(
+                of_columns = reduce_tile(
                     products, scale, shift_log2, None, None, None, COLUMN_TERMS, ALONG_COLUMNS, BLOCK_N, False
                 )
 

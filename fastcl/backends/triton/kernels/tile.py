@@ -104,3 +104,12 @@ def spread(vector, AXIS: tl.constexpr):
         return vector[:, None]
     else:
         return vector[None, :]
+
+
+@triton.jit
+def banded_tile(tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """This program's tile, in bands of GROUP_M tiles: the programs in flight share rows of a and of b in L2."""
+    band = tl.program_id(0) // (GROUP_M * tiles_n)
+    band_height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
+    within = tl.program_id(0) - band * GROUP_M * tiles_n
+    return band * GROUP_M + within % band_height, within // band_height

@@ -18,6 +18,7 @@ from fastcl.backends.triton.kernels.tile import (
     MAX,
     REQUIRED,
     any_between,
+    banded_tile,
     inner_products,
     spread,
     target_columns,
@@ -140,12 +141,9 @@ def weights_kernel(
     """
     tiles_m = tl.cdiv(row_end - row_begin, BLOCK_M)
     tiles_n = tl.cdiv(column_end - column_begin, BLOCK_N)
-    # bands of GROUP_M tiles: the programs in flight share rows of a and of b in L2
-    band = tl.program_id(0) // (GROUP_M * tiles_n)
-    band_height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
-    within = tl.program_id(0) - band * GROUP_M * tiles_n
-    i0 = row_begin + (band * GROUP_M + within % band_height) * BLOCK_M
-    j0 = column_begin + within // band_height * BLOCK_N
+    tile_m, tile_n = banded_tile(tiles_m, tiles_n, GROUP_M)
+    i0 = row_begin + tile_m * BLOCK_M
+    j0 = column_begin + tile_n * BLOCK_N
     if MIRROR:
         if j0 < i0:
             return
@@ -197,7 +195,9 @@ def weights_kernel(
             COLUMN_TERMS, ALONG_COLUMNS,
         )  # fmt: skip
 
-    weights = (weights * tl.load(multiplier_ptr)).to(panel_ptr.dtype.element_ty)
+    if multiplier_ptr is not None:
+        weights *= tl.load(multiplier_ptr)
+    weights = weights.to(panel_ptr.dtype.element_ty)
     corner = panel_ptr + (i0 - row_begin).to(tl.int64) * panel_stride + (j0 - column_begin)
     in_tile_m = tl.arange(0, BLOCK_M)
     in_tile_n = tl.arange(0, BLOCK_N)

@@ -1,0 +1,158 @@
+"""The one sweep of a softmax loss along rows: E = exp(S - shift) of a panel of whole rows, and what its rows come to.
+
+E is 0 where the log-sum-exp's mask admits nothing. Once a row's log-sum-exp L is known, its gradient is a factor r of
+the row of E and needs no second look at S. A row that the fixed shift may have hurt is flagged by its L, as in the
+backward, and made again with L in the shift's place.
+"""
+
+import triton
+import triton.language as tl
+
+from fastcl.backends.triton.kernels.sweep import reduce_tile
+from fastcl.backends.triton.kernels.tile import (
+    ALONG_ROWS,
+    LOG2_E,
+    LSE,
+    any_between,
+    banded_tile,
+    inner_products,
+    self_columns,
+    target_columns,
+    where_admitted,
+)
+
+
+@triton.jit
+def flagged_rows(lse, shift, threshold):
+    """Rows of a final L that need a shift of their own; an empty row (L = -inf) has no E under any shift."""
+    return (lse - shift < threshold) & (lse > float("-inf"))
+
+
+@triton.jit
+def _exponentials(
+    products, scale, shift_log2, inside, is_self, is_target, TERMS: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """E of the plan's one log-sum-exp; the compiler sees that its sum needs the same numbers."""
+    values = tl.exp2(products * (scale * LOG2_E) - shift_log2)
+    if MASKED:
+        for t in tl.static_range(len(TERMS)):
+            if TERMS[t][0] == LSE:
+                values = where_admitted(values, 0.0, inside, is_self, is_target, TERMS[t][1], TERMS[t][2])
+    return values
+
+
+@triton.jit(do_not_specialize=["self_offset"])
+def exponentials_kernel(
+    a_ptr,
+    b_ptr,
+    scale_ptr,
+    shift_ptr,
+    target_ptr,
+    partials_ptr,
+    panel_ptr,
+    n,
+    m,
+    d,
+    stride_a,
+    stride_b,
+    self_offset,
+    panel_stride,
+    TERMS: tl.constexpr,
+    USES_SELF: tl.constexpr,
+    USES_TARGET: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Grid: (tiles of the panel,), whose rows are all of a. The tiles of column c write slot c of the partial results.
+
+    The panel has room for whole tiles, so that no store into it needs a mask. Every slot is written, and once.
+    """
+    tiles_n = tl.cdiv(m, BLOCK_N)
+    tile_m, tile_n = banded_tile(tl.cdiv(n, BLOCK_M), tiles_n, GROUP_M)
+    i0 = tile_m * BLOCK_M
+    j0 = tile_n * BLOCK_N
+    rows = i0 + tl.arange(0, BLOCK_M)
+    columns = j0 + tl.arange(0, BLOCK_N)
+    products = inner_products(
+        a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
+    )
+    scale = tl.load(scale_ptr)
+    shift_log2 = tl.load(shift_ptr) * LOG2_E
+
+    row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
+    special = (i0 + BLOCK_M > n) | (j0 + BLOCK_N > m)
+    if USES_SELF:
+        special = special | ((self_offset > j0 - i0 - BLOCK_M) & (self_offset < j0 - i0 + BLOCK_N))
+    if USES_TARGET:
+        special = special | any_between(row_targets, j0, j0 + BLOCK_N)
+    if special:
+        inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
+        is_self = columns[None, :] == self_columns(rows, self_offset, n, m)[:, None]
+        is_target = columns[None, :] == row_targets[:, None]
+        exponentials = _exponentials(products, scale, shift_log2, inside, is_self, is_target, TERMS, True)
+        partials = reduce_tile(
+            products, scale, shift_log2, inside, is_self, is_target, TERMS, ALONG_ROWS, BLOCK_M, True
+        )
+    else:
+        exponentials = _exponentials(products, scale, shift_log2, None, None, None, TERMS, False)
+        partials = reduce_tile(products, scale, shift_log2, None, None, None, TERMS, ALONG_ROWS, BLOCK_M, False)
+
+    for t in tl.static_range(len(TERMS)):
+        tl.store(partials_ptr + tl.cast(t * tiles_n + tile_n, tl.int64) * n + rows, partials[t], mask=rows < n)
+    corner = panel_ptr + i0.to(tl.int64) * panel_stride + j0
+    offsets = tl.arange(0, BLOCK_M)[:, None] * panel_stride + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(corner + offsets, exponentials.to(panel_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["self_offset"])
+def repair_kernel(
+    a_ptr,
+    b_ptr,
+    scale_ptr,
+    shift_ptr,
+    target_ptr,
+    lse_ptr,
+    panel_ptr,
+    n,
+    m,
+    d,
+    stride_a,
+    stride_b,
+    self_offset,
+    threshold,
+    panel_stride,
+    SELF: tl.constexpr,
+    TARGET: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (blocks of rows, programs that share a block). Always launched; with nothing flagged it returns at once."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    lse = tl.load(lse_ptr + rows, mask=rows < n, other=float("-inf"))
+    flagged = flagged_rows(lse, tl.load(shift_ptr), threshold)
+    if tl.max(flagged.to(tl.int32), axis=0) == 0:
+        return
+
+    scale_log2 = tl.load(scale_ptr) * LOG2_E
+    lse_log2 = tl.where(flagged, lse * LOG2_E, float("inf"))
+    USES_TARGET: tl.constexpr = TARGET != 0
+    targets = target_columns(target_ptr, rows, n, USES_TARGET)
+    panel_rows = panel_ptr + rows.to(tl.int64)[:, None] * panel_stride
+    for j0 in range(tl.program_id(1) * BLOCK_N, m, tl.num_programs(1) * BLOCK_N):
+        columns = j0 + tl.arange(0, BLOCK_N)
+        products = inner_products(
+            a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
+        )
+        is_self = columns[None, :] - rows[:, None] == self_offset
+        is_target = columns[None, :] == targets[:, None]
+        values = tl.exp2(products * scale_log2 - lse_log2[:, None])
+        values = where_admitted(values, 0.0, None, is_self, is_target, SELF, TARGET)
+        there = flagged[:, None] & (columns < m)[None, :]
+        tl.store(panel_rows + columns[None, :], values.to(panel_ptr.dtype.element_ty), mask=there)

@@ -1,0 +1,41 @@
+"""Normalisation on the host, one launch for each operand and direction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import triton
+from torch import Tensor
+
+from fastcl.backends.triton.kernels.unit import through_unit_kernel, unit_kernel
+from fastcl.backends.triton.launch import on_device
+from fastcl.terms import Gradients, Operands
+
+_BLOCKS = {"BLOCK_ROWS": 8, "BLOCK_D": 128}
+
+
+def unit_operands(operands: Operands) -> Operands:
+    """The operands with rows of unit length, in their dtype."""
+    with on_device(operands.a):
+        b = None if operands.b is None else _unit(operands.b)
+        return replace(operands, a=_unit(operands.a), b=b, norm_bound=1.0)
+
+
+def through_unit_length(operands: Operands, gradients: Gradients) -> Gradients:
+    """Gradients with respect to the unit rows turned into those with respect to ``operands``, in place."""
+    with on_device(operands.a):
+        for x, gradient in ((operands.a, gradients.a), (operands.keys, gradients.b)):
+            if gradient is not None:
+                through_unit_kernel[_grid(x)](x, gradient, *x.shape, *x.stride(), **_BLOCKS)
+    return gradients
+
+
+def _unit(x: Tensor) -> Tensor:
+    unit = torch.empty_like(x, memory_format=torch.contiguous_format)
+    unit_kernel[_grid(x)](x, unit, *x.shape, *x.stride(), **_BLOCKS)
+    return unit
+
+
+def _grid(x: Tensor) -> tuple[int]:
+    return (triton.cdiv(x.shape[0], _BLOCKS["BLOCK_ROWS"]),)

@@ -1,0 +1,91 @@
+"""How many kernels one loss launches, forward and backward, Triton's and torch's own; small batches take that long.
+
+Started by ``test_triton_interpreter.py``. Counted is every kernel of Triton's and every torch operator whose result is
+new or overwritten, in float32: views and allocations launch nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastcl
+from fastcl.engine import BACKENDS
+from tests.test_triton_interpreter import INTERPRETED, interpreted
+
+if INTERPRETED:
+    from triton.runtime.interpreter import GridExecutor
+
+PAIRS, DIM = 40, 16
+
+
+class Launches(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: collections.Counter[str] = collections.Counter()
+        self.operators: collections.Counter[str] = collections.Counter()
+        self.in_kernel = self.in_backend = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if not self.in_kernel and function.namespace == "aten" and "empty" not in name:
+            overwrites = name.endswith("_") or "out" in (kwargs or {})
+            storages = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+            results = result if isinstance(result, (tuple, list)) else (result,)
+            views = all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() in storages for x in results)
+            if overwrites or not views:
+                self.operators[name] += 1
+        return result
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Counts what is launched within ``with launches``; a mode doesn't reach into an operator, so it is set there."""
+    mode = Launches()
+    launch, cross_entropy = GridExecutor.__call__, BACKENDS["triton"].cross_entropy
+
+    def count_launch(self, *args, **kwargs):
+        mode.kernels[self.fn.__name__] += 1
+        mode.in_kernel = True
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            mode.in_kernel = False
+
+    def count_operators(*args):
+        if mode.in_backend:
+            return cross_entropy(*args)
+        mode.in_backend = True
+        with mode:
+            return cross_entropy(*args)
+
+    monkeypatch.setattr(GridExecutor, "__call__", count_launch)
+    monkeypatch.setattr(BACKENDS["triton"], "cross_entropy", count_operators)
+    return mode
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("call", "kernels", "operators"),
+    [
+        (lambda x, y: fastcl.nt_xent(x, y, 0.1, backend="triton"), 6, 33),
+        (lambda x, y: fastcl.clip_loss(x, y, 10.0, backend="triton"), 6, 43),
+        (lambda x, y: fastcl.info_nce(x, y, 0.1, backend="triton"), 9, 16),
+        (lambda x, y: fastcl.info_nce(x, y.detach(), 0.1, backend="triton"), 8, 12),
+    ],
+    ids=["nt_xent", "clip_loss", "info_nce", "info_nce, keys frozen"],
+)
+def test_no_more_launches(
+    call: Callable[[Tensor, Tensor], Tensor], kernels: int, operators: int, launches: Launches
+) -> None:
+    features = [torch.randn(PAIRS, DIM, requires_grad=True) for _ in range(2)]
+    with launches:
+        call(*features).backward()
+    assert launches.kernels.total() <= kernels, dict(launches.kernels)
+    assert launches.operators.total() <= operators, dict(launches.operators)
