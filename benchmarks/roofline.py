@@ -24,7 +24,7 @@ from fastcl import tuning
 
 PLANS = ("panels", "registers", "one sweep")
 """panels: the `triton` backend as it is. registers: a backward whose accumulators live in registers. one sweep: value
-and gradient from one panel of whole rows (one direction only). The last two are not in the repository."""
+and gradient from one panel of whole rows (one direction only). The second is not in the repository."""
 PASSES = {
     "nt_xent": {"panels": 2, "registers": 2.5},
     "clip": {"panels": 4, "registers": 5},

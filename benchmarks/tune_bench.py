@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.measure import time_step
 from benchmarks.tune import DTYPES, Job
 from fastcl import tuning
-from fastcl.backends.triton import backward, forward
+from fastcl.backends import triton
 from fastcl.backends.triton.kernels.sweep import sweep_kernel
 from fastcl.backends.triton.kernels.weights import weights_kernel
 from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Statistics, Term
@@ -65,12 +65,12 @@ class KernelBench:
         plan = _NT_XENT if job.kernel.endswith("symmetric") else _CLIP
         operands = self._operands(job, plan)
         if job.kernel.startswith("sweep"):
-            return lambda: tuple(forward.statistics(plan, operands))
-        values = forward.statistics(plan, operands)
+            return lambda: tuple(triton.statistics(plan, operands))
+        values = triton.statistics(plan, operands)
         incoming = Statistics(*(torch.full_like(value, 1.0 / self.rows) for value in values))
 
         def step() -> tuple[Tensor, ...]:
-            products = backward.gradient(plan, operands, values, incoming, True, not plan.symmetric)
+            products = triton.gradient(plan, operands, values, incoming, True, not plan.symmetric)
             return tuple(product for product in products if product is not None)
 
         return step
