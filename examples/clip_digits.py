@@ -26,7 +26,7 @@ PEAK_MB = 128
 """what a step may take beyond the batch itself; the run fails if one takes more"""
 BATCH, CHUNK, STEPS, DIM = 16_384, 512, 40, 64
 QUICK_BATCH, QUICK_STEPS = 1_024, 30
-HELD_OUT, RATE, TEMPERATURE, SEED = 360, 4e-3, 0.1, 0
+HELD_OUT, RATE, TEMPERATURE, SEED = 360, 2.5e-3, 0.1, 0
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZES, INKS = ("small", "", "large"), ("faint", "", "bold")
@@ -104,6 +104,8 @@ class Run:
 
     image: ImageEncoder
     text: TextEncoder
+    held_out: Tensor
+    """which images the training never sees"""
     losses: list[float] = field(default_factory=list)
     accuracies: dict[int, float] = field(default_factory=dict)
     """of the held-out digits, by step"""
@@ -116,7 +118,7 @@ def train(batch: int, steps: int) -> Run:
     images, labels = load_images()
     shuffled = torch.randperm(len(images))
     held_out, kept = shuffled[:HELD_OUT], shuffled[HELD_OUT:]
-    run = Run(ImageEncoder(), TextEncoder())
+    run = Run(ImageEncoder(), TextEncoder(), held_out)
     loss = fastcl.nn.ClipLoss(TEMPERATURE, normalize=True)
     parameters = [p for module in (run.image, run.text, loss) for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=RATE)
@@ -164,7 +166,7 @@ def best_description(run: Run, image: Tensor) -> str:
 
 
 def draw(run: Run, batch: int, path: Path) -> None:
-    """The loss, the accuracy, and what the model says about eight new drawings."""
+    """The loss, the accuracy, and what the model says about eight drawings of held-out digits."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -172,11 +174,11 @@ def draw(run: Run, batch: int, path: Path) -> None:
 
     images, labels = load_images()
     generator = torch.Generator().manual_seed(SEED + 1)
-    drawings, _ = draw_pairs(images, labels, 8, generator)
+    drawings, _ = draw_pairs(images[run.held_out], labels[run.held_out], 8, generator)
     figure, axes = plt.subplot_mosaic([["curve", *"abcd"], ["curve", *"efgh"]], figsize=(14, 4.6), layout="constrained")
     for name, drawing in zip("abcdefgh", drawings, strict=True):
-        axes[name].imshow(drawing[0], cmap="gray_r")
-        axes[name].set_title("\n".join(best_description(run, drawing).split(" leaning ")), fontsize=9)
+        axes[name].imshow(drawing[0], cmap="gray_r", vmin=0, vmax=1.4)
+        axes[name].set_title(best_description(run, drawing).replace(" leaning", "\nleaning"), fontsize=9)
         axes[name].axis("off")
     curve, accuracy = axes["curve"], axes["curve"].twinx()
     curve.plot(range(1, len(run.losses) + 1), run.losses, color="#1f6fb4", linewidth=2)

@@ -79,7 +79,7 @@ class GradCache:
             raise TypeError(f"encoders must be a sequence of callables, got {encoders!r}")
         if not callable(loss):
             raise TypeError(f"loss must be callable, got {loss!r}")
-        sizes = [chunk_size] * len(encoders) if isinstance(chunk_size, int) else list(chunk_size)
+        sizes = list(chunk_size) if isinstance(chunk_size, Sequence) else [chunk_size] * len(encoders)
         if len(sizes) != len(encoders):
             raise ValueError(f"chunk_size must be one number, or one for each of {len(encoders)} encoders, got {sizes}")
         self.encoders, self.loss_function = list(encoders), loss

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastcl
+from benchmarks.peers import import_peer
 from fastcl import replay
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.trees import map_leaves, tensors_of
@@ -233,6 +234,28 @@ def test_structured_inputs(wrap: Callable[..., Any], factor: float | Tensor) -> 
     judge = gradients(lambda: backward(clip(uncached(image)(x, factor), y)), image)
     step = fastcl.GradCache([image], lambda z: clip(z, y), chunk_size=CHUNK)
     assert_same(gradients(lambda: step(wrap(x, factor)), image), judge)
+
+
+def test_hugging_face() -> None:
+    """A BERT with dropout: its tokenizer's BatchEncoding in, its ModelOutput out."""
+    pytest.importorskip("transformers", reason="needs transformers")
+    bert = import_peer("transformers.models.bert.modeling_bert")
+    batch_encoding = import_peer("transformers.tokenization_utils_base").BatchEncoding
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = bert.BertModel(bert.BertConfig(vocab_size=50, **sizes)).double().train()
+    tokens, y = torch.randint(50, (ROWS, 7)), draw(ROWS, 16)
+    mask = (torch.arange(7) < torch.randint(2, 8, (ROWS, 1))).long()
+    batch = batch_encoding({"input_ids": tokens, "attention_mask": mask})
+
+    def loss(output: Any) -> Tensor:
+        assert type(output).__name__ == "BaseModelOutputWithPoolingAndCrossAttentions"
+        return clip(output.pooler_output, y)
+
+    def pooled(**batch: Tensor) -> Tensor:
+        return model(**batch).pooler_output
+
+    judge = gradients(lambda: backward(clip(uncached(pooled)(**batch), y)), model)
+    assert_same(gradients(lambda: fastcl.GradCache([model], loss, chunk_size=CHUNK)(batch), model), judge)
 
 
 def test_rows_of_several_lengths() -> None:
@@ -483,6 +506,7 @@ FROZEN = nn.Linear(4, 3).double().requires_grad_(False)
         (lambda: fastcl.GradCache([ONE], clip, chunk_size=0), ValueError, "chunk_size must be at least 1, got 0"),
         (lambda: fastcl.GradCache([ONE], clip, chunk_size=(-1,)), ValueError, "chunk_size must be at least 1, got -1"),
         (lambda: fastcl.GradCache([ONE], clip, chunk_size=(1.5,)), TypeError, "chunk_size must be an integer, got 1.5"),
+        (lambda: fastcl.GradCache([ONE], clip, chunk_size=2.0), TypeError, "chunk_size must be an integer, got 2.0"),
         (lambda: fastcl.GradCache([ONE], clip, chunk_size=(1, 2)), ValueError, "one for each of 1 encoders"),
         (lambda: fastcl.GradCache(ONE, clip, chunk_size=1), TypeError, "encoders must be a sequence of callables"),
         (lambda: fastcl.GradCache([], clip, chunk_size=1), TypeError, "encoders must be a sequence of callables"),
