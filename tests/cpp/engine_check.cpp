@@ -238,9 +238,17 @@ int check_passes(const std::string& level) {
 }  // namespace
 
 int main() {
-  const Case cases[] = {{1, 1, 3, true, 10},      {1, 7, 1, false, 10},      {37, 37, 5, true, 10},
-                        {600, 600, 9, true, 5},   {330, 520, 17, false, 5},  {700, 40, 24, false, 20},
-                        {300, 300, 8, true, 200}, {60, 110, 700, false, 200}};
+  const Case cases[] = {{1, 1, 3, true, 10},
+                        {1, 7, 1, false, 10},
+                        {37, 37, 5, true, 10},
+                        {600, 600, 9, true, 5},
+                        {330, 520, 17, false, 5},
+                        {700, 40, 24, false, 20},
+                        {300, 300, 8, true, 200},
+                        {60, 110, 700, false, 200},
+                        // large enough for several threads
+                        {900, 900, 24, true, 5},
+                        {900, 1100, 24, false, 5}};
   int failures = 0;
   for (const std::string& level : fastcl::cpu::available_levels()) {
     setenv("FASTCL_CPU_LEVEL", level.c_str(), 1);
