@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -175,10 +176,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy
   std::optional<Normalized> unit_a, unit_b;
   if (normalize) {
     unit_a.emplace(a, threads, problem.a);
-    if (!b.has_value()) problem.b = problem.a;
-    if (b.has_value()) unit_b.emplace(*b, threads, problem.b);
+    if (b.has_value()) {
+      unit_b.emplace(*b, threads, problem.b);
+    } else {
+      problem.b = problem.a;
+    }
   }
   STD_TORCH_CHECK(problem.column_terms.empty() || n == m, "a loss over rows and columns needs as many of both");
+  const auto is_sum = [](const fastcl::PairTerm& term) { return term.reduce == fastcl::Reduce::kSum; };
+  STD_TORCH_CHECK(positive.has_value() || std::any_of(problem.row_terms.begin(), problem.row_terms.end(), is_sum),
+                  "a softmax loss needs a positive: a sum along rows, or a vector");
   const cpu::CrossEntropy head{optional_vector(positive, n, "positive"), optional_vector(weights, n, "weights")};
   const bool wants_a = needs_a || (needs_scale && !needs_b);
   Tensor rows = new_float(a, problem.row_terms.size(), n);
