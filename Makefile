@@ -4,7 +4,7 @@ PYTHON  ?= python3
 TORCH   ?= torch==2.13.0
 BIN     := .venv/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
-CPP     := $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp" -o -name "*.inc")
+CPP     := $(shell find csrc tests/cpp -name "*.h" -o -name "*.cpp" -o -name "*.inc" -o -name "*.cu")
 
 .PHONY: demo test bench lint format sanitize wheel clean
 

@@ -1,0 +1,200 @@
+// The forward sweep: every term's partial results for one super-tile of S (order.h).
+//
+// exp(S - c) with one c for the sweep; terms of the same axis or of both share that exponential. A tile without a self
+// pair, a target or an edge needs no mask, and most tiles are of that kind. Of a symmetric plan pair (i, j) of a tile
+// above the diagonal also serves row j as (j, i), whose mask is evaluated by itself because a target need not be an
+// involution.
+#pragma once
+
+#include "reduce.h"
+#include "terms.h"
+
+namespace fastcl::cuda {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.693147180559945309417f;
+
+// S = scale * A @ B.T, and what exponentials and masks need to know of it.
+struct Similarity {
+  Operands operands;
+  Shape shape;
+  const float* scale;     // on the device, as is
+  const float* shift;     // c in exp(S - c)
+  const int32_t* target;  // the column of each row's target, -1 outside of S; null where no mask looks at it
+};
+
+struct SweepArguments {
+  Similarity s;
+  Plan plan;
+  SuperAxis rows;
+  SuperAxis columns;
+  float* row_partials;     // [row terms, columns.slots, rows.count]
+  float* column_partials;  // [column terms, rows.slots, columns.count]; of a symmetric plan the same
+};
+
+struct SweepMemory {
+  alignas(128) unsigned char stages[kStages * kStageBytes];
+  float rows[kMostTerms][kWarpsAcross][kTile];
+  float columns[kMostTerms][kWarpsDown][kTile];
+  int row_targets[kTile];
+  int column_targets[kTile];
+};
+
+FASTCL_HOST_DEVICE float nothing(Reduce reduce) { return reduce == Reduce::kMax ? Largest::kNothing : Add::kNothing; }
+FASTCL_HOST_DEVICE float merge(Reduce reduce, float x, float y) {
+  return reduce == Reduce::kMax ? Largest()(x, y) : Add()(x, y);
+}
+
+// A tile at which masks look pair by pair, or one whose every pair all dense terms count.
+struct Masked {
+  static constexpr bool kValue = true;
+};
+struct Plain {
+  static constexpr bool kValue = false;
+};
+
+FASTCL_HOST_DEVICE bool contributes(const PairTerm& term, bool masked) { return masked || is_dense(term); }
+
+// One of a block's walks over a super-tile.
+class Sweep {
+ public:
+  FASTCL_DEVICE Sweep(const SweepArguments& x, SweepMemory& memory)
+      : x_(x), memory_(memory), at_(super_tile(block_index(), x.columns, x.plan.symmetric)) {}
+
+  FASTCL_DEVICE SuperTileWalk walk() const { return {at_, x_.rows, x_.columns, x_.plan.symmetric}; }
+
+  FASTCL_DEVICE void begin() {
+    for (int t = 0; t < x_.plan.rows.count; ++t) {
+      for (int k = thread_index(); k < kWarpsAcross * kTile; k += kThreads) {
+        memory_.rows[t][k / kTile][k % kTile] = nothing(x_.plan.rows.at[t].reduce);
+      }
+    }
+  }
+
+  FASTCL_DEVICE void reduce_tile(const SuperTileWalk& tile, Accumulators& values) {
+    const int i0 = tile.i();
+    const int j0 = tile.j();
+    const bool mirrored = x_.plan.symmetric && i0 < j0;
+    const bool along_columns = mirrored || (!x_.plan.symmetric && x_.plan.columns.count > 0);
+    const bool masked = find_exceptions(i0, j0, mirrored);
+    if (masked) {
+      reduce_terms<Masked>(i0, j0, along_columns, values);
+    } else {
+      reduce_terms<Plain>(i0, j0, along_columns, values);
+    }
+    if (along_columns || tile.ends_row()) sync_threads();
+    if (along_columns) flush_columns(i0, j0, masked);
+    if (tile.ends_row()) flush_rows(i0);
+  }
+
+ private:
+  // Whether masks have to look at this tile; leaves the targets that they compare with in shared memory.
+  FASTCL_DEVICE bool find_exceptions(int i0, int j0, bool mirrored) {
+    const Shape& shape = x_.s.shape;
+    bool found = i0 > shape.rows - kTile || j0 > shape.columns - kTile;
+    if (x_.plan.uses_self) found |= has_self_pair(shape, i0, j0, kTile);
+    if (!x_.plan.uses_target) return found;
+    const int k = thread_index() % kTile;
+    if (thread_index() < kTile) {
+      const int target = i0 + k < shape.rows ? x_.s.target[i0 + k] : -1;
+      memory_.row_targets[k] = target;
+      found |= target >= j0 && target - j0 < kTile;
+    } else if (mirrored) {
+      const int target = j0 + k < shape.columns ? x_.s.target[j0 + k] : -1;
+      memory_.column_targets[k] = target;
+      found |= target >= i0 && target - i0 < kTile;
+    }
+    return any_thread(found);
+  }
+
+  // Sums and maxima of S first; then the exponentials take its place.
+  template <class Kind>
+  FASTCL_DEVICE void reduce_terms(int i0, int j0, bool along_columns, Accumulators& values) {
+    const TilePairs pairs{x_.s.shape, i0, j0, memory_.row_targets, memory_.column_targets};
+    // Read here and not once: registers are dearer.
+    const float scale = *x_.s.scale;
+    const float shift_log2 = *x_.s.shift * kLog2E;
+#pragma unroll
+    for (int u = 0; u < kOwn; ++u) {
+#pragma unroll
+      for (int v = 0; v < kOwn; ++v) values.at(u, v) *= scale;
+    }
+    reduce_axes<Kind, Add>(Reduce::kSum, pairs, along_columns, values);
+    reduce_axes<Kind, Largest>(Reduce::kMax, pairs, along_columns, values);
+#pragma unroll
+    for (int u = 0; u < kOwn; ++u) {
+#pragma unroll
+      for (int v = 0; v < kOwn; ++v) values.at(u, v) = exp2_fast(values.at(u, v) * kLog2E - shift_log2);
+    }
+    reduce_axes<Kind, Add>(Reduce::kLogSumExp, pairs, along_columns, values);
+  }
+
+  // All terms of one kind, whose values are there.
+  template <class Kind, class Merge>
+  FASTCL_DEVICE void reduce_axes(Reduce reduce, const TilePairs& pairs, bool along_columns,
+                                 const Accumulators& values) {
+    const int thread = thread_index();
+    for (int t = 0; t < x_.plan.rows.count; ++t) {
+      const PairTerm term = x_.plan.rows.at[t];
+      if (term.reduce != reduce || !contributes(term, Kind::kValue)) continue;
+      const uint64_t counted = Kind::kValue ? counted_pairs<kOwn>(term, pairs, false, thread, 0) : kAllPairs;
+      reduce_along_rows(Merge(), values, counted, memory_.rows[t][warp_across(thread)]);
+    }
+    for (int t = 0; along_columns && t < x_.plan.columns.count; ++t) {
+      const PairTerm term = x_.plan.columns.at[t];
+      if (term.reduce != reduce || !contributes(term, Kind::kValue)) continue;
+      const uint64_t counted =
+          Kind::kValue ? counted_pairs<kOwn>(term, pairs, x_.plan.symmetric, thread, 0) : kAllPairs;
+      reduce_along_columns(Merge(), values, counted, memory_.columns[t][warp_down(thread)]);
+    }
+  }
+
+  // The same thread writes a column's partial results for all tiles above one another, and a row's: no fence is needed.
+  FASTCL_DEVICE void flush_columns(int i0, int j0, bool masked) {
+    const int k = thread_index();
+    if (k >= kTile || j0 + k >= x_.columns.count) return;
+    const bool first = begins_columns(at_, x_.rows, i0);
+    for (int t = 0; t < x_.plan.columns.count; ++t) {
+      const PairTerm term = x_.plan.columns.at[t];
+      const bool has_part = contributes(term, masked);
+      if (!has_part && !first) continue;
+      float value = nothing(term.reduce);
+      for (int w = 0; has_part && w < kWarpsDown; ++w) value = merge(term.reduce, value, memory_.columns[t][w][k]);
+      float& partial = x_.column_partials[partial_index(t, at_.r, int64_t{j0} + k, x_.rows.slots, x_.columns.count)];
+      partial = first ? value : merge(term.reduce, partial, value);
+    }
+  }
+
+  FASTCL_DEVICE void flush_rows(int i0) {
+    const int k = thread_index();
+    if (k >= kTile) return;
+    const bool first = begins_rows(at_, x_.rows, i0, x_.plan.symmetric);
+    for (int t = 0; t < x_.plan.rows.count; ++t) {
+      const PairTerm term = x_.plan.rows.at[t];
+      float value = nothing(term.reduce);
+      for (int w = 0; w < kWarpsAcross; ++w) {
+        value = merge(term.reduce, value, memory_.rows[t][w][k]);
+        memory_.rows[t][w][k] = nothing(term.reduce);
+      }
+      if (i0 + k >= x_.rows.count) continue;
+      float& partial = x_.row_partials[partial_index(t, at_.c, int64_t{i0} + k, x_.columns.slots, x_.rows.count)];
+      partial = first ? value : merge(term.reduce, partial, value);
+    }
+  }
+
+  const SweepArguments& x_;
+  SweepMemory& memory_;
+  const SuperTile at_;
+};
+
+template <class Precision>
+FASTCL_KERNEL(kThreads, Precision::kBlocksPerSm)
+sweep_kernel(FASTCL_PARAMETER(SweepArguments) x) {
+  SweepMemory& memory = *reinterpret_cast<SweepMemory*>(shared_memory());
+  Sweep sweep(x, memory);
+  sweep.begin();
+  for_each_tile<Precision>(x.s.operands, sweep.walk(), memory.stages,
+                           [&](const SuperTileWalk& tile, Accumulators& values) { sweep.reduce_tile(tile, values); });
+}
+
+}  // namespace fastcl::cuda

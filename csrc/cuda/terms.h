@@ -1,0 +1,84 @@
+// A plan as the kernels take it, and the one place where a pair of S meets a mask.
+#pragma once
+
+#include <initializer_list>
+
+#include "../pair_terms.h"
+#include "tile.h"
+
+namespace fastcl::cuda {
+
+constexpr int kMostTerms = 4;
+
+// The terms along one axis.
+struct Terms {
+  int count;
+  PairTerm at[kMostTerms];
+};
+
+struct Plan {
+  Terms rows;
+  Terms columns;  // of a symmetric plan: its rows, looked at from the other side
+  bool symmetric;
+  bool uses_self;
+  bool uses_target;
+};
+
+// The rows and columns of S, and which column is a row's self pair: i + self_offset.
+struct Shape {
+  int rows;
+  int columns;
+  int self_offset;
+};
+
+// Whether a term counts the pair (i, j), which may lie over the edge of S.
+FASTCL_HOST_DEVICE bool counts(const PairTerm& term, const Shape& shape, int i, int j, int target_of_i) {
+  return i < shape.rows && j < shape.columns && admits(term, j - i == shape.self_offset, j == target_of_i);
+}
+
+// Whether the tile of `side` pairs a side at (i0, j0) has the self pair of one of its rows.
+FASTCL_HOST_DEVICE bool has_self_pair(const Shape& shape, int i0, int j0, int side) {
+  const int64_t distance = static_cast<int64_t>(shape.self_offset) - (static_cast<int64_t>(j0) - i0);
+  return -side < distance && distance < side;
+}
+
+// What the masks of a tile compare with: the targets of its rows, and where the plan is symmetric of its columns.
+struct TilePairs {
+  Shape shape;
+  int i0;
+  int j0;
+  const int* row_targets;
+  const int* column_targets;
+};
+
+// The pairs of a thread's rows u ... u + kRows - 1 that a term counts, in bit (u' - u) * kOwn + v; looked at from the
+// other side, (j, i) in place of (i, j), where `turned`. In a loop and not one by one with what is done with them,
+// which would need more registers than there are.
+template <int kRows>
+FASTCL_HOST_DEVICE uint64_t counted_pairs(const PairTerm& term, const TilePairs& tile, bool turned, int thread, int u) {
+  uint64_t bits = 0;
+#pragma unroll 1
+  for (int k = 0; k < kRows * kOwn; ++k) {
+    const int row = own_row(thread, u + k / kOwn);
+    const int column = own_column(thread, k % kOwn);
+    const int i = tile.i0 + row;
+    const int j = tile.j0 + column;
+    const bool counted = turned ? counts(term, tile.shape, j, i, tile.column_targets[column])
+                                : counts(term, tile.shape, i, j, tile.row_targets[row]);
+    bits |= static_cast<uint64_t>(counted) << k;
+  }
+  return bits;
+}
+
+inline Plan make_plan(const Terms& rows, const Terms& columns, bool symmetric) {
+  Plan plan{rows, symmetric ? rows : columns, symmetric, false, false};
+  for (const Terms* terms : {&plan.rows, &plan.columns}) {
+    for (int t = 0; t < terms->count; ++t) {
+      plan.uses_self |= terms->at[t].self_pair != Test::kAbsent;
+      plan.uses_target |= terms->at[t].target != Test::kAbsent;
+    }
+  }
+  return plan;
+}
+
+}  // namespace fastcl::cuda

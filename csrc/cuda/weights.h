@@ -1,0 +1,230 @@
+// The backward's only kernel: one panel of the gradient matrix W from a recomputed S. Library products multiply it.
+//
+// W[i, j] is the sum over terms of (incoming gradient) * (slope of the term at S[i, j]). With L a row's or column's
+// log-sum-exp the slope is exp(S - L); as exp(S - c) * exp(c - L) it costs one exponential a pair for all terms
+// together, which is right unless the row or column is flagged (fastcl/backends/shift.py): a tile with a flagged one
+// takes each exponential apart. The incoming gradient is multiplied last, for the two factors may lie at opposite ends
+// of float32.
+#pragma once
+
+#include "sweep.h"
+
+namespace fastcl::cuda {
+
+// exp(c - L) would lose precision beyond; only statistics merged from other shards come near.
+constexpr float kLargestExcess = 80.0f;
+
+// What the terms along one axis came to, and the loss's gradients with respect to that, both [terms, count].
+struct Statistics {
+  const float* values;
+  const float* incoming;
+};
+
+struct WeightsArguments {
+  Similarity s;
+  Plan plan;
+  Statistics rows;
+  Statistics columns;
+  float flag_below;
+  const float* multiplier;  // of W, on the device; null for 1
+  Panel panel;
+  unsigned char* out;  // whole tiles, so that no store needs a mask
+  int64_t out_pitch;   // bytes from row to row, a multiple of 16
+};
+
+// What the terms of an axis need at each of a tile's rows or columns.
+struct AxisFactors {
+  float lse_log2[kMostTerms][kTile];  // +inf in place of an empty row's -inf, so that its slopes come out as 0
+  float ratio[kMostTerms][kTile];     // exp(c - L)
+  float incoming[kMostTerms][kTile];
+  int targets[kTile];
+};
+
+struct WeightsMemory {
+  alignas(128) unsigned char stages[kStages * kStageBytes];
+  AxisFactors rows;
+  AxisFactors columns;
+};
+static_assert(kTile * kTile * 4 <= kStages * kStageBytes, "a tile of W is staged where the operands were");
+
+template <class Precision>
+class Weights {
+ public:
+  FASTCL_DEVICE Weights(const WeightsArguments& x, WeightsMemory& memory)
+      : x_(x), memory_(memory), scale_log2_(*x.s.scale * kLog2E), shift_(*x.s.shift) {}
+
+  FASTCL_DEVICE void write_tile(int i0, int j0, Accumulators& values) {
+    if (find_exceptions(i0, j0)) {
+      form<Masked>(i0, j0, values);
+    } else {
+      form<Plain>(i0, j0, values);
+    }
+    stage<false>(values);
+    store(i0 - x_.panel.row_begin, j0 - x_.panel.column_begin);
+    if (x_.panel.mirror && i0 < j0) {
+      stage<true>(values);
+      store(j0 - x_.panel.column_begin, i0 - x_.panel.row_begin);
+    }
+  }
+
+ private:
+  // Whether anything in this tile is flagged or for a mask to look at; leaves the axes' factors in shared memory.
+  FASTCL_DEVICE bool find_exceptions(int i0, int j0) {
+    const bool is_row = thread_index() < kTile;
+    const int k = thread_index() % kTile;
+    const int first = is_row ? i0 : j0;
+    const int count = is_row ? x_.s.shape.rows : x_.s.shape.columns;
+    const Terms& terms = is_row ? x_.plan.rows : x_.plan.columns;
+    const Statistics& statistics = is_row ? x_.rows : x_.columns;
+    AxisFactors& factors = is_row ? memory_.rows : memory_.columns;
+    const bool inside = first + k < count;
+    bool found = x_.plan.uses_self && has_self_pair(x_.s.shape, i0, j0, kTile);
+    for (int t = 0; t < terms.count; ++t) {
+      const int64_t at = static_cast<int64_t>(t) * count + first + k;
+      const float lse = inside ? statistics.values[at] : -kInfinity;
+      factors.incoming[t][k] = inside ? statistics.incoming[at] : 0.0f;
+      if (terms.at[t].reduce != Reduce::kLogSumExp) continue;
+      const float excess = lse - shift_;
+      found |= (excess < x_.flag_below && lse > -kInfinity) || excess > kLargestExcess;
+      factors.lse_log2[t][k] = lse == -kInfinity ? kInfinity : lse * kLog2E;
+      factors.ratio[t][k] = exp2_fast(shift_ * kLog2E - factors.lse_log2[t][k]);
+    }
+    if (x_.plan.uses_target && (is_row || x_.plan.symmetric)) {
+      const int opposite = is_row ? j0 : i0;
+      const int target = inside ? x_.s.target[first + k] : -1;
+      factors.targets[k] = target;
+      found |= target >= opposite && target - opposite < kTile;
+    }
+    return any_thread(found);
+  }
+
+  // S becomes W, 16 numbers at a time.
+  template <class Kind>
+  FASTCL_DEVICE void form(int i0, int j0, Accumulators& values) {
+#pragma unroll
+    for (int down = 0; down < kProductsDown; ++down) {
+      const TilePairs pairs{x_.s.shape, i0, j0, memory_.rows.targets, memory_.columns.targets};
+      float weights[2][kOwn] = {};
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int v = 0; v < kOwn; ++v) {
+          float& value = values.at(2 * down + k, v);
+          value = Kind::kValue ? value * scale_log2_ : exp2_fast(value * scale_log2_ - shift_ * kLog2E);
+        }
+      }
+      for (int t = 0; t < x_.plan.rows.count; ++t) add_along_rows<Kind>(t, pairs, down, values, weights);
+      for (int t = 0; t < x_.plan.columns.count; ++t) add_along_columns<Kind>(t, pairs, down, values, weights);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+#pragma unroll
+        for (int v = 0; v < kOwn; ++v) values.at(2 * down + k, v) = weights[k][v];
+      }
+    }
+    if (x_.multiplier == nullptr) return;
+    const float multiplier = *x_.multiplier;
+#pragma unroll
+    for (int u = 0; u < kOwn; ++u) {
+#pragma unroll
+      for (int v = 0; v < kOwn; ++v) values.at(u, v) *= multiplier;
+    }
+  }
+
+  template <class Kind>
+  FASTCL_DEVICE void add_along_rows(int t, const TilePairs& pairs, int down, const Accumulators& values,
+                                    float (&weights)[2][kOwn]) {
+    const PairTerm term = x_.plan.rows.at[t];
+    if (term.reduce == Reduce::kMax || !contributes(term, Kind::kValue)) return;
+    const uint64_t counted = Kind::kValue ? counted_pairs<2>(term, pairs, false, thread_index(), 2 * down) : kAllPairs;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int row = own_row(thread_index(), 2 * down + k);
+#pragma unroll
+      for (int v = 0; v < kOwn; ++v) {
+        const float part = slope<Kind>(term, memory_.rows, t, row, values.at(2 * down + k, v));
+        if (counted >> (k * kOwn + v) & 1) weights[k][v] += part;
+      }
+    }
+  }
+
+  template <class Kind>
+  FASTCL_DEVICE void add_along_columns(int t, const TilePairs& pairs, int down, const Accumulators& values,
+                                       float (&weights)[2][kOwn]) {
+    const PairTerm term = x_.plan.columns.at[t];
+    if (term.reduce == Reduce::kMax || !contributes(term, Kind::kValue)) return;
+    const uint64_t counted =
+        Kind::kValue ? counted_pairs<2>(term, pairs, x_.plan.symmetric, thread_index(), 2 * down) : kAllPairs;
+#pragma unroll
+    for (int v = 0; v < kOwn; ++v) {
+      const int column = own_column(thread_index(), v);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float part = slope<Kind>(term, memory_.columns, t, column, values.at(2 * down + k, v));
+        if (counted >> (k * kOwn + v) & 1) weights[k][v] += part;
+      }
+    }
+  }
+
+  // Times the incoming gradient; `value` is a logit in base 2 where masked, else its exponential.
+  template <class Kind>
+  FASTCL_DEVICE static float slope(const PairTerm& term, const AxisFactors& factors, int t, int index, float value) {
+    if (term.reduce == Reduce::kSum) return factors.incoming[t][index];
+    const float slope = Kind::kValue ? exp2_fast(value - factors.lse_log2[t][index]) : value * factors.ratio[t][index];
+    return slope * factors.incoming[t][index];
+  }
+
+  template <bool kTransposed>
+  FASTCL_DEVICE void stage(const Accumulators& weights) {
+    constexpr int kBytes = Precision::kBytes;
+    sync_threads();
+#pragma unroll
+    for (int u = 0; u < kOwn; ++u) {
+      const int row = own_row(thread_index(), u);
+#pragma unroll
+      for (int v = 0; v < kOwn; v += 2) {
+        const int column = own_column(thread_index(), v);
+        if (kTransposed) {
+          Precision::store(memory_.stages + staged_offset(column, row, kBytes), weights.at(u, v));
+          Precision::store(memory_.stages + staged_offset(column + 1, row, kBytes), weights.at(u, v + 1));
+        } else {
+          Precision::store(memory_.stages + staged_offset(row, column, kBytes), weights.at(u, v), weights.at(u, v + 1));
+        }
+      }
+    }
+    sync_threads();
+  }
+
+  // The staged tile into the panel, row by row in whole chunks.
+  FASTCL_DEVICE void store(int row0, int column0) {
+    constexpr int kElements = kChunkBytes / Precision::kBytes;
+    constexpr int kAcross = kTile / kElements;
+    for (int k = thread_index(); k < kTile * kAcross; k += kThreads) {
+      const int row = k / kAcross;
+      const int column = k % kAcross * kElements;
+      unsigned char* const to =
+          x_.out + (int64_t{row0} + row) * x_.out_pitch + (int64_t{column0} + column) * Precision::kBytes;
+      *reinterpret_cast<Chunk*>(to) =
+          *reinterpret_cast<const Chunk*>(memory_.stages + staged_offset(row, column, Precision::kBytes));
+    }
+  }
+
+  const WeightsArguments& x_;
+  WeightsMemory& memory_;
+  const float scale_log2_;
+  const float shift_;
+};
+
+// A block has one tile of the panel.
+template <class Precision>
+FASTCL_KERNEL(kThreads, Precision::kBlocksPerSm)
+weights_kernel(FASTCL_PARAMETER(WeightsArguments) x) {
+  WeightsMemory& memory = *reinterpret_cast<WeightsMemory*>(shared_memory());
+  const SuperTile tile = panel_tile(block_index(), x.panel);
+  const OneTile at(x.panel.row_begin + tile.r * kTile, x.panel.column_begin + tile.c * kTile);
+  Weights<Precision> weights(x, memory);
+  for_each_tile<Precision>(x.s.operands, at, memory.stages, [&](const OneTile& tile, Accumulators& values) {
+    weights.write_tile(tile.i(), tile.j(), values);
+  });
+}
+
+}  // namespace fastcl::cuda

@@ -1,0 +1,377 @@
+// The CUDA kernels' own source on a CPU (cuda_emulation.h), in the engine's own order of launches, against the
+// definition in double precision: ragged shapes, planted positives, rows that the fixed shift hurts, outputs that start
+// as NaN.
+//
+// Prints a line for each case and exits with 1 where a result is wrong. Arguments: names of cases, all without.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/launch.h"
+
+namespace {
+
+using namespace fastcl::cuda;
+using fastcl::PairTerm;
+using fastcl::Reduce;
+using fastcl::Test;
+
+constexpr double kSmallestNormal = std::numeric_limits<float>::min();
+
+// On which side of S some log-sum-exps are far below the bound.
+enum class Hurt { kNone, kRows, kColumns };
+
+struct Case {
+  const char* name;
+  Terms rows;
+  Terms columns;
+  bool symmetric;
+  int n, m, depth;
+  int self_offset;
+  float scale;
+  Hurt hurt;
+};
+
+constexpr PairTerm kLse{Reduce::kLogSumExp, Test::kAbsent, Test::kAbsent};
+constexpr PairTerm kNotSelf{Reduce::kLogSumExp, Test::kForbidden, Test::kAbsent};
+constexpr PairTerm kNotTarget{Reduce::kLogSumExp, Test::kAbsent, Test::kForbidden};
+constexpr PairTerm kNegatives{Reduce::kLogSumExp, Test::kForbidden, Test::kForbidden};
+constexpr PairTerm kSelfLogit{Reduce::kSum, Test::kRequired, Test::kAbsent};
+constexpr PairTerm kTargetLogit{Reduce::kSum, Test::kAbsent, Test::kRequired};
+constexpr PairTerm kSumOfOthers{Reduce::kSum, Test::kForbidden, Test::kAbsent};
+constexpr PairTerm kHardest{Reduce::kMax, Test::kForbidden, Test::kForbidden};
+constexpr PairTerm kLargest{Reduce::kMax, Test::kAbsent, Test::kAbsent};
+
+constexpr Terms kNtXent{3, {kNegatives, kTargetLogit, kHardest}};
+constexpr Terms kFour{4, {kNotSelf, kNegatives, kSumOfOthers, kHardest}};
+constexpr Terms kClipRows{3, {kNotSelf, kSelfLogit, kLargest}};
+constexpr Terms kClipColumns{2, {kNotSelf, kHardest}};
+constexpr Terms kInfoNce{3, {kNotTarget, kTargetLogit, kHardest}};
+constexpr Terms kTargetColumns{2, {kNotTarget, kTargetLogit}};
+constexpr Terms kOnlyLse{1, {kLse}};
+constexpr Terms kNone{0, {}};
+
+// Tiles are 128 wide: 300 is three of them, which two super-tiles share; depths end within a chunk, a block and a
+// stage.
+constexpr Case kCases[] = {
+    {"nt_xent", kNtXent, kNone, true, 300, 300, 40, 0, 10.0f, Hurt::kNone},
+    {"nt_xent_hurt", kFour, kNone, true, 260, 260, 72, 0, 100.0f, Hurt::kRows},
+    {"nt_xent_tiny", kNtXent, kNone, true, 3, 3, 5, 0, 10.0f, Hurt::kNone},
+    {"clip", kClipRows, kClipColumns, false, 257, 390, 24, 0, 10.0f, Hurt::kNone},
+    {"clip_shard_hurt", kClipRows, kClipColumns, false, 150, 300, 130, 137, 100.0f, Hurt::kRows},
+    {"info_nce", kInfoNce, kNone, false, 290, 131, 17, -40, 15.0f, Hurt::kNone},
+    {"targets", kInfoNce, kTargetColumns, false, 129, 385, 33, 200, 100.0f, Hurt::kRows},
+    {"columns", kNone, kOnlyLse, false, 130, 129, 8, 0, 5.0f, Hurt::kNone},
+    {"one", kOnlyLse, kOnlyLse, false, 1, 1, 1, 5, 5.0f, Hurt::kNone},
+};
+
+// Rows in a precision, with a pitch of whole chunks whose end holds NaN, and what the kernels should read of them.
+struct Rows {
+  std::vector<uint32_t> storage;
+  Vectors vectors;
+  std::vector<double> exact;
+};
+
+enum class Format { kBFloat16, kFloat16, kTf32, kFloat32 };
+
+float rounded(float x, Format format, void* to) {
+  switch (format) {
+    case Format::kBFloat16: {
+      const uint16_t bits = emulation::float_to_bfloat16(x);
+      std::memcpy(to, &bits, 2);
+      return emulation::bfloat16_to_float(bits);
+    }
+    case Format::kFloat16: {
+      const uint16_t bits = emulation::float_to_half(x);
+      std::memcpy(to, &bits, 2);
+      return emulation::half_to_float(bits);
+    }
+    default:
+      std::memcpy(to, &x, 4);
+      return format == Format::kTf32 ? float_from_bits(round_to_tf32(bits_of_float(x))) : x;
+  }
+}
+
+Rows make_rows(const std::vector<float>& x, int count, int depth, Format format) {
+  const int bytes = format == Format::kTf32 || format == Format::kFloat32 ? 4 : 2;
+  const int64_t pitch = ceil_div(depth * bytes, kChunkBytes) * kChunkBytes + kChunkBytes;
+  Rows rows{std::vector<uint32_t>(count * pitch / 4 + 4, 0xffffffffu), {}, std::vector<double>(x.size())};
+  // The address of the first is a multiple of 16 bytes as well.
+  unsigned char* data = reinterpret_cast<unsigned char*>(rows.storage.data());
+  data += (kChunkBytes - reinterpret_cast<uintptr_t>(data) % kChunkBytes) % kChunkBytes;
+  for (int i = 0; i < count; ++i) {
+    for (int d = 0; d < depth; ++d) {
+      rows.exact[i * depth + d] = rounded(x[i * depth + d], format, data + i * pitch + d * bytes);
+    }
+  }
+  rows.vectors = {data, pitch, count};
+  return rows;
+}
+
+// Unit vectors anywhere, or all close to one direction but for `away` of them, which point the other way.
+std::vector<float> unit_rows(int count, int depth, bool close, int away, std::mt19937& generator) {
+  std::normal_distribution<float> normal;
+  std::vector<float> x(count * depth);
+  for (int i = 0; i < count; ++i) {
+    double square = 0;
+    for (int d = 0; d < depth; ++d) {
+      float& value = x[i * depth + d];
+      value = close ? 1.0f + 0.1f * normal(generator) : normal(generator);
+      square += value * value;
+    }
+    const float sign = i % 67 == 5 && i / 67 < away ? -1.0f : 1.0f;
+    for (int d = 0; d < depth; ++d) x[i * depth + d] *= sign / static_cast<float>(std::sqrt(square));
+  }
+  return x;
+}
+
+template <class Float>
+std::vector<Float> poisoned(int64_t size) {
+  return std::vector<Float>(size, std::numeric_limits<Float>::quiet_NaN());
+}
+
+class Check {
+ public:
+  Check(const Case& c, Format format, emulation::Order order, uint32_t seed)
+      : case_(c), format_(format), order_(order), generator_(seed) {
+    // Two rows away from all others would not be away from each other.
+    const bool close = c.hurt != Hurt::kNone;
+    std::vector<float> a = unit_rows(c.n, c.depth, close, c.hurt == Hurt::kRows ? c.symmetric ? 1 : 3 : 0, generator_);
+    std::vector<float> b =
+        c.symmetric ? a : unit_rows(c.m, c.depth, close, c.hurt == Hurt::kColumns ? 3 : 0, generator_);
+    // Not an involution, not injective, some outside; planted: where a target is there, the row is near to it.
+    std::uniform_int_distribution<int> any(-2, c.m + 2);
+    target_.resize(c.n);
+    for (int i = 0; i < c.n; ++i) {
+      target_[i] = any(generator_);
+      if (target_[i] >= c.m) target_[i] = -1;
+      if (c.symmetric || target_[i] < 0 || i % 2 || target_[i] % 67 == 5) continue;
+      for (int d = 0; d < c.depth; ++d) a[i * c.depth + d] = b[target_[i] * c.depth + d];
+    }
+    a_ = make_rows(a, c.n, c.depth, format);
+    b_ = make_rows(b, c.m, c.depth, format);
+    const double largest = std::max(c.n, c.m);
+    shift_ = static_cast<float>(c.scale * (1 + std::ldexp(1.0, -7)) - (80.0 - std::log(largest)));
+    flag_below_ = static_cast<float>(std::log(1e6 * largest * kSmallestNormal));
+    s_.resize(int64_t{c.n} * c.m);
+    for (int i = 0; i < c.n; ++i) {
+      for (int j = 0; j < c.m; ++j) {
+        double sum = 0;
+        for (int d = 0; d < c.depth; ++d) sum += a_.exact[i * c.depth + d] * b_.exact[j * c.depth + d];
+        s_[int64_t{i} * c.m + j] = c.scale * sum;
+      }
+    }
+  }
+
+  template <class Precision>
+  bool run() {
+    const Plan plan = make_plan(case_.rows, case_.columns, case_.symmetric);
+    const int bytes = Precision::kBytes;
+    const Similarity similarity{{a_.vectors, b_.vectors, case_.depth * bytes},
+                                {case_.n, case_.m, case_.self_offset},
+                                &case_.scale,
+                                &shift_,
+                                plan.uses_target ? target_.data() : nullptr};
+    const auto launch = [&](auto kernel, int blocks, size_t shared_bytes, const auto& arguments) {
+      emulation::launch(order_, kernel, blocks, kThreads, shared_bytes, arguments);
+    };
+
+    constexpr int kMost = 2;
+    const Workspace sizes = workspace(plan, case_.n, case_.m, kMost);
+    std::vector<float> row_partials = poisoned<float>(sizes.row_partials);
+    std::vector<float> column_partials = poisoned<float>(sizes.column_partials);
+    std::vector<float> rows = poisoned<float>(int64_t{plan.rows.count} * case_.n);
+    std::vector<float> columns = poisoned<float>(case_.symmetric ? 0 : int64_t{plan.columns.count} * case_.m);
+    launch_statistics<Precision>(
+        {similarity, plan, flag_below_, row_partials.data(), column_partials.data(), rows.data(), columns.data()},
+        kMost, launch);
+    const std::vector<double> want_rows = judge(case_.rows, true);
+    const std::vector<double> want_columns = case_.symmetric ? std::vector<double>() : judge(case_.columns, false);
+    const double unit = std::max(10.0f, case_.scale);
+    const double error = std::max(largest_error(rows, want_rows, unit), largest_error(columns, want_columns, unit));
+
+    // The gradient at the statistics as they should be, so that its error is its own.
+    std::vector<float> row_values(want_rows.begin(), want_rows.end());
+    std::vector<float> column_values(want_columns.begin(), want_columns.end());
+    const std::vector<float> row_incoming = incoming(row_values.size(), case_.n);
+    const std::vector<float> column_incoming = incoming(column_values.size(), case_.m);
+    const std::vector<double> want = judge_weights(row_values, row_incoming, column_values, column_incoming);
+    const float multiplier = format_ == Format::kFloat16 ? 1024.0f : 1.0f;
+    double weights_error = 0;
+    for (const Panel& panel : panels()) {
+      const int64_t down = ceil_div(panel.row_end - panel.row_begin, kTile) * kTile;
+      const int64_t across = ceil_div(panel.column_end - panel.column_begin, kTile) * kTile;
+      std::vector<uint32_t> out(down * across * bytes / 4 + 4, 0xffffffffu);
+      unsigned char* data = reinterpret_cast<unsigned char*>(out.data());
+      data += (kChunkBytes - reinterpret_cast<uintptr_t>(data) % kChunkBytes) % kChunkBytes;
+      const Statistics of_rows{row_values.data(), row_incoming.data()};
+      const Statistics of_columns{column_values.data(), column_incoming.data()};
+      launch_weights<Precision>({similarity, plan, of_rows, case_.symmetric ? of_rows : of_columns, flag_below_,
+                                 format_ == Format::kFloat16 ? &multiplier : nullptr, panel, data, across * bytes},
+                                launch);
+      weights_error = std::max(weights_error, panel_error(panel, data, across, bytes, multiplier, want));
+    }
+
+    // float32 sums and exponentials of logits up to `unit`, and what W is stored with.
+    constexpr double kTolerance = 1e-6;
+    const double stored = format_ == Format::kBFloat16 ? 0x1p-8 : format_ == Format::kFloat16 ? 0x1p-11 : 0.0;
+    const bool right = error <= kTolerance && weights_error <= kTolerance * unit + stored &&
+                       (flagged_ > 0) == (case_.hurt != Hurt::kNone);
+    static const char* const kFormats[] = {"bfloat16", "float16", "tf32", "tf32x3"};
+    std::printf("%-15s %-8s statistics %.1e, weights %.1e, flagged %d%s\n", case_.name,
+                kFormats[static_cast<int>(format_)], error, weights_error, flagged_, right ? "" : "  WRONG");
+    return right;
+  }
+
+ private:
+  double logit(int i, int j) const { return s_[int64_t{i} * case_.m + j]; }
+
+  bool admitted(const PairTerm& term, int i, int j) const {
+    const auto passes = [](Test test, bool outcome) {
+      return test == Test::kAbsent || (test == Test::kRequired) == outcome;
+    };
+    return passes(term.self_pair, i + case_.self_offset == j) && passes(term.target, target_[i] == j);
+  }
+
+  std::vector<double> judge(const Terms& terms, bool along_rows) {
+    std::vector<double> values;
+    for (int t = 0; t < terms.count; ++t) {
+      const PairTerm& term = terms.at[t];
+      for (int own = 0; own < (along_rows ? case_.n : case_.m); ++own) {
+        double sum = 0, largest = -INFINITY;
+        for (int pass = 0; pass < 2; ++pass) {
+          for (int other = 0; other < (along_rows ? case_.m : case_.n); ++other) {
+            const int i = along_rows ? own : other;
+            const int j = along_rows ? other : own;
+            if (!admitted(term, i, j)) continue;
+            if (pass == 0) largest = std::max(largest, logit(i, j));
+            if (pass == 1) sum += term.reduce == Reduce::kSum ? logit(i, j) : std::exp(logit(i, j) - largest);
+          }
+        }
+        const double value = term.reduce == Reduce::kSum   ? sum
+                             : term.reduce == Reduce::kMax ? largest
+                             : sum == 0                    ? -INFINITY
+                                                           : largest + std::log(sum);
+        flagged_ += term.reduce == Reduce::kLogSumExp && value > -INFINITY && value - shift_ < flag_below_;
+        values.push_back(value);
+      }
+    }
+    return values;
+  }
+
+  std::vector<float> incoming(size_t size, int count) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(size);
+    for (float& value : x) value = normal(generator_) / count;
+    return x;
+  }
+
+  double slope(const PairTerm& term, float value, int i, int j) const {
+    if (!admitted(term, i, j) || term.reduce == Reduce::kMax) return 0;
+    if (term.reduce == Reduce::kSum) return 1;
+    return value == -INFINITY ? 0 : std::exp(logit(i, j) - value);
+  }
+
+  std::vector<double> judge_weights(const std::vector<float>& row_values, const std::vector<float>& row_incoming,
+                                    const std::vector<float>& column_values,
+                                    const std::vector<float>& column_incoming) const {
+    std::vector<double> w(s_.size(), 0.0);
+    for (int i = 0; i < case_.n; ++i) {
+      for (int j = 0; j < case_.m; ++j) {
+        double& weight = w[int64_t{i} * case_.m + j];
+        for (int t = 0; t < case_.rows.count; ++t) {
+          const PairTerm& term = case_.rows.at[t];
+          weight += row_incoming[t * case_.n + i] * slope(term, row_values[t * case_.n + i], i, j);
+          if (case_.symmetric) weight += row_incoming[t * case_.n + j] * slope(term, row_values[t * case_.n + j], j, i);
+        }
+        for (int t = 0; t < case_.columns.count; ++t) {
+          weight += column_incoming[t * case_.m + j] * slope(case_.columns.at[t], column_values[t * case_.m + j], i, j);
+        }
+      }
+    }
+    return w;
+  }
+
+  // Two rows of panels; of a symmetric plan one on the diagonal, one beside it, and the last one.
+  std::vector<Panel> panels() const {
+    const int height = case_.n > 2 * kTile ? 2 * kTile : kTile;
+    std::vector<Panel> panels;
+    for (int i = 0; i < case_.n; i += height) {
+      const int end = std::min(i + height, case_.n);
+      if (case_.symmetric) panels.push_back({i, end, i, end, true});
+      for (int j = case_.symmetric ? end : 0; j < case_.m; j += height) {
+        panels.push_back({i, end, j, std::min(j + height, case_.m), false});
+      }
+    }
+    return panels;
+  }
+
+  double panel_error(const Panel& panel, const unsigned char* data, int64_t pitch, int bytes, float multiplier,
+                     const std::vector<double>& want) const {
+    double largest = 0, error = 0;
+    for (double w : want) largest = std::max(largest, std::fabs(w));
+    for (int i = panel.row_begin; i < panel.row_end; ++i) {
+      for (int j = panel.column_begin; j < panel.column_end; ++j) {
+        const unsigned char* at = data + ((i - panel.row_begin) * pitch + j - panel.column_begin) * bytes;
+        uint32_t bits = 0;
+        std::memcpy(&bits, at, bytes);
+        const double got = (format_ == Format::kBFloat16  ? emulation::bfloat16_to_float(bits)
+                            : format_ == Format::kFloat16 ? emulation::half_to_float(bits)
+                                                          : float_from_bits(bits)) /
+                           multiplier;
+        const double difference = std::fabs(got - want[int64_t{i} * case_.m + j]) / largest;
+        error = std::isnan(difference) ? INFINITY : std::max(error, difference);
+      }
+    }
+    return error;
+  }
+
+  static double largest_error(const std::vector<float>& got, const std::vector<double>& want, double unit) {
+    double error = 0;
+    for (size_t k = 0; k < want.size(); ++k) {
+      const double difference =
+          got[k] == want[k] ? 0.0 : std::fabs(got[k] - want[k]) / std::max(unit, std::fabs(want[k]));
+      error = std::isnan(difference) ? INFINITY : std::max(error, difference);
+    }
+    return error;
+  }
+
+  const Case& case_;
+  const Format format_;
+  const emulation::Order order_;
+  std::mt19937 generator_;
+  std::vector<int32_t> target_;
+  Rows a_;
+  Rows b_;
+  std::vector<double> s_;
+  float shift_ = 0;
+  float flag_below_ = 0;
+  int flagged_ = 0;
+};
+
+}  // namespace
+
+int main(int count, char** names) {
+  bool right = true;
+  uint32_t seed = 1;
+  for (const Case& c : kCases) {
+    const bool wanted =
+        count == 1 || std::any_of(names + 1, names + count, [&](const char* n) { return c.name == std::string(n); });
+    for (int f = 0; wanted && f < 4; ++f) {
+      const Format format = static_cast<Format>(f);
+      // Each case meets each order of turns and of copies in some precision.
+      const emulation::Order order{(f + seed) % 2 == 1, (f + seed) / 2 % 2 == 1};
+      Check check(c, format, order, seed * 10 + f);
+      right &= format == Format::kBFloat16  ? check.run<BFloat16>()
+               : format == Format::kFloat16 ? check.run<Float16>()
+               : format == Format::kTf32    ? check.run<Tf32>()
+                                            : check.run<Tf32x3>();
+    }
+    ++seed;
+  }
+  return right ? 0 : 1;
+}

@@ -1,0 +1,273 @@
+// What csrc/cuda decides on the host or by arithmetic alone, exhaustively for small sizes and at the largest ones:
+// layouts, fragment maps, the order of tiles, slots, sizes, 64-bit addresses. Exits with 1 where one is wrong.
+#include <cstdio>
+#include <map>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "../../csrc/cuda/engine.h"
+
+namespace {
+
+using namespace fastcl::cuda;
+using fastcl::PairTerm;
+using fastcl::Reduce;
+using fastcl::Test;
+using Wide = __int128;
+
+int failures = 0;
+
+void check(bool right, const char* what) {
+  if (right) return;
+  if (++failures <= 20) std::printf("WRONG: %s\n", what);
+}
+
+// Every number of a tile has one thread, and every sum of a warp's rows or columns one lane.
+void fragment_maps() {
+  std::set<std::pair<int, int>> pairs, row_sums, column_sums;
+  for (int thread = 0; thread < kThreads; ++thread) {
+    for (int u = 0; u < kOwn; ++u) {
+      for (int v = 0; v < kOwn; ++v) pairs.insert({own_row(thread, u), own_column(thread, v)});
+    }
+    const int lane = lane_of(thread);
+    for (int k = 0; k < 2; ++k) row_sums.insert({warp_across(thread), own_row(thread, row_after_sum(lane) + k)});
+    check(own_row(thread, row_after_sum(lane) + 1) == own_row(thread, row_after_sum(lane)) + 8, "the second row's sum");
+    column_sums.insert({warp_down(thread), own_column(thread, column_after_sum(lane))});
+  }
+  check(pairs.size() == kTile * kTile && pairs.rbegin()->first == kTile - 1, "one thread for each pair of a tile");
+  check(row_sums.size() == kWarpsAcross * kTile, "one lane for each row's sum");
+  check(column_sums.size() == kWarpsDown * kTile, "one lane for each column's sum");
+}
+
+// How often the lanes' accesses of `bytes` meet one of the 32 banks, beyond what their number makes unavoidable.
+int conflicts(const std::vector<int>& offsets, int bytes) {
+  std::map<int, std::set<int>> words;
+  for (int offset : offsets) {
+    for (int b = 0; b < bytes; b += 4) words[(offset + b) / 4 % 32].insert((offset + b) / 4);
+  }
+  size_t worst = 0, all = 0;
+  for (const auto& [bank, distinct] : words) {
+    worst = std::max(worst, distinct.size());
+    all += distinct.size();
+  }
+  return static_cast<int>(worst - (all + 31) / 32);
+}
+
+void operand_layout() {
+  std::set<int> offsets;
+  for (int row = 0; row < kTile; ++row) {
+    for (int chunk = 0; chunk < kDepthChunks; ++chunk) offsets.insert(operand_offset(row, chunk));
+  }
+  check(offsets.size() == kTile * kDepthChunks && *offsets.rbegin() == kOperandBytes - kChunkBytes, "operand layout");
+  for (int step = 0; step < kSteps; ++step) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      std::vector<int> left, right;
+      for (int lane = 8 * matrix; lane < 8 * matrix + 8; ++lane) {
+        left.push_back(operand_offset(left_row(lane), step * kStepChunks + left_chunk(lane)));
+        right.push_back(operand_offset(right_row(lane), step * kStepChunks + right_chunk(lane)));
+      }
+      check(conflicts(left, kChunkBytes) == 0 && conflicts(right, kChunkBytes) == 0, "loads of operands meet a bank");
+    }
+  }
+  for (int first = 0; first < kThreads; first += 8) {
+    std::vector<int> copies;
+    for (int thread = first; thread < first + 8; ++thread) {
+      copies.push_back(operand_offset(thread / kDepthChunks, thread % kDepthChunks));
+    }
+    check(conflicts(copies, kChunkBytes) == 0, "copies of operands meet a bank");
+  }
+}
+
+void staged_layout() {
+  for (int bytes : {2, 4}) {
+    std::set<int> offsets;
+    for (int row = 0; row < kTile; ++row) {
+      for (int column = 0; column < kTile; ++column) offsets.insert(staged_offset(row, column, bytes));
+    }
+    check(offsets.size() == kTile * kTile && *offsets.rbegin() == (kTile * kTile - 1) * bytes, "staged layout");
+    for (int v = 0; v < kOwn; v += 2) {
+      // Accesses of 8 bytes are made by half a warp at a time.
+      const int lanes = kLanes * 2 / bytes;
+      for (int first = 0; first < kLanes; first += lanes) {
+        std::vector<int> written;
+        for (int lane = first; lane < first + lanes; ++lane) {
+          written.push_back(staged_offset(own_row(lane, 0), own_column(lane, v), bytes));
+        }
+        check(conflicts(written, 2 * bytes) == 0, "the staged tile is written with conflicts");
+      }
+    }
+    for (int row = 0; row < 8; ++row) {
+      std::vector<int> read;
+      for (int k = 0; k < 8; ++k) read.push_back(staged_offset(row, k * kChunkBytes / bytes, bytes));
+      check(conflicts(read, kChunkBytes) == 0, "the staged tile is read with conflicts");
+    }
+  }
+}
+
+void super_axes() {
+  const auto is_partition = [](int64_t count, int64_t most) {
+    const SuperAxis axis = super_axis(count, most);
+    int64_t at = 0;
+    for (int slot = 0; slot < axis.slots; ++slot) {
+      check(axis.begin(slot) == at && axis.end(slot) > at, "super-tiles are in order and none is empty");
+      at = axis.end(slot);
+    }
+    check(at == count && axis.slots <= most && axis.side % kTile == 0, "super-tiles cover the axis");
+  };
+  for (int64_t most : {1, 2, 3, 32}) {
+    for (int64_t count = 1; count <= 9000; count += count < 600 ? 1 : 97) is_partition(count, most);
+    for (int64_t count = kMostRows - 300; count <= kMostRows; ++count) is_partition(count, most);
+  }
+}
+
+// All walks of a sweep: each tile once, and each slot's first writer is told so, the others not.
+void sweep_order(int n, int m, int most, bool symmetric) {
+  const SuperAxis rows = super_axis(n, most), columns = super_axis(m, most);
+  std::set<std::pair<int, int>> tiles;
+  std::map<std::pair<int, int>, std::set<int>> row_blocks, column_blocks;
+  std::map<std::pair<int, int>, int> row_writes, column_writes;
+  auto& mirrored_blocks = symmetric ? row_blocks : column_blocks;
+  auto& mirrored_writes = symmetric ? row_writes : column_writes;
+  for (int block = 0; block < super_tiles(rows, columns, symmetric); ++block) {
+    const SuperTile at = super_tile(block, columns, symmetric);
+    check(at.r < rows.slots && at.c < columns.slots && (!symmetric || at.r <= at.c), "a block's super-tile");
+    int row = -1;
+    for (SuperTileWalk walk(at, rows, columns, symmetric); !walk.done(); walk.next()) {
+      check(row == -1 || row == walk.i(), "a row of tiles ends where it says so");
+      check(tiles.insert({walk.i(), walk.j()}).second, "a tile twice");
+      check(walk.i() < n && walk.j() < m && (!symmetric || walk.i() <= walk.j()), "a tile outside");
+      if (!symmetric || walk.i() < walk.j()) {
+        check(begins_columns(at, rows, walk.i()) == (mirrored_writes[{at.r, walk.j()}]++ == 0), "first of the columns");
+        mirrored_blocks[{at.r, walk.j()}].insert(block);
+      }
+      if (walk.ends_row()) {
+        check(begins_rows(at, rows, walk.i(), symmetric) == (row_writes[{at.c, walk.i()}]++ == 0), "first of the rows");
+        row_blocks[{at.c, walk.i()}].insert(block);
+      }
+      row = walk.ends_row() ? -1 : walk.i();
+    }
+    check(row == -1, "the last row of tiles ends");
+  }
+  const int down = static_cast<int>(ceil_div(n, kTile)), across = static_cast<int>(ceil_div(m, kTile));
+  check(static_cast<int>(tiles.size()) == (symmetric ? down * (down + 1) / 2 : down * across), "all tiles");
+  check(static_cast<int>(row_writes.size()) == down * columns.slots, "all slots of rows");
+  check(symmetric || static_cast<int>(column_writes.size()) == across * rows.slots, "all slots of columns");
+  for (const auto* blocks : {&row_blocks, &column_blocks}) {
+    for (const auto& [slot, writers] : *blocks) check(writers.size() == 1, "one writer for each slot");
+  }
+}
+
+void sweep_orders() {
+  for (int most = 1; most <= 5; ++most) {
+    for (int n = 1; n <= 9 * kTile; n += 61) {
+      sweep_order(n, n, most, true);
+      for (int m = 1; m <= 7 * kTile; m += 97) sweep_order(n, m, most, false);
+    }
+  }
+  sweep_order(70 * kTile - 5, 70 * kTile - 5, kMostSuperTiles, true);
+}
+
+void panel_order() {
+  for (int down = 1; down <= 20; ++down) {
+    for (int across = 1; across <= 20; ++across) {
+      for (bool mirror : {false, true}) {
+        if (mirror && down != across) continue;
+        const Panel panel{256, 256 + down * kTile - 3, 512, 512 + across * kTile - (mirror ? 3 : 7), mirror};
+        std::set<std::pair<int, int>> tiles;
+        for (int block = 0; block < panel_tiles(panel); ++block) {
+          const SuperTile tile = panel_tile(block, panel);
+          check(tile.r >= 0 && tile.r < down && tile.c >= 0 && tile.c < across, "a panel's tile outside");
+          check(!mirror || tile.r <= tile.c, "a mirrored panel's tile below the diagonal");
+          tiles.insert({tile.r, tile.c});
+        }
+        check(static_cast<int>(tiles.size()) == (mirror ? down * (down + 1) / 2 : down * across), "a panel's tiles");
+      }
+    }
+  }
+}
+
+// Where products leave 32 bits.
+void addresses() {
+  static unsigned char byte;
+  for (int64_t count : {int64_t{1}, int64_t{1000}, int64_t{1} << 22, kMostRows}) {
+    for (int64_t pitch : {16, 2048, 65536}) {
+      const Vectors x{&byte, pitch, static_cast<int>(count)};
+      for (int64_t row : {int64_t{0}, count / 2, count - 1, count + kTile - 1}) {
+        const Wide want = Wide{std::min(row, count - 1)} * pitch;
+        const auto got =
+            reinterpret_cast<intptr_t>(row_address(x, static_cast<int>(row))) - reinterpret_cast<intptr_t>(&byte);
+        check(got == want, "a row's address");
+      }
+    }
+    for (int term = 0; term < kMostTerms; ++term) {
+      const Wide want = (Wide{term} * 32 + 31) * count + count - 1;
+      check(partial_index(term, 31, count - 1, 32, count) == want, "a partial result's index");
+    }
+  }
+  const Terms four{4, {}}, one{1, {}};
+  const Workspace large = workspace(make_plan(four, one, false), kMostRows, 1000, kMostSuperTiles);
+  check(large.row_partials == int64_t{4} * 8 * kMostRows && large.column_partials == int64_t{32} * 1000, "workspace");
+  const Workspace triangle = workspace(make_plan(four, one, true), 4097, 4097, kMostSuperTiles);
+  check(triangle.row_partials == int64_t{4} * 17 * 4097 && triangle.column_partials == 0, "a triangle's workspace");
+}
+
+void masks() {
+  const Shape shape{300, 260, -35};
+  std::vector<int> row_targets(kTile), column_targets(kTile);
+  for (int i0 = 0; i0 < 300; i0 += kTile) {
+    for (int j0 = 0; j0 < 260; j0 += kTile) {
+      bool any = false;
+      for (int k = 0; k < kTile; ++k) {
+        row_targets[k] = (i0 + k) * 7 % 263 - 2;
+        column_targets[k] = (j0 + k) * 5 % 303 - 2;
+        const int j = i0 + k + shape.self_offset;
+        any |= j >= j0 && j < j0 + kTile;
+      }
+      check(has_self_pair(shape, i0, j0, kTile) == any, "whether a tile has a self pair");
+      const TilePairs tile{shape, i0, j0, row_targets.data(), column_targets.data()};
+      for (const PairTerm term : {PairTerm{Reduce::kSum, Test::kForbidden, Test::kAbsent},
+                                  PairTerm{Reduce::kSum, Test::kAbsent, Test::kRequired},
+                                  PairTerm{Reduce::kSum, Test::kForbidden, Test::kForbidden}}) {
+        for (int thread = 0; thread < kThreads; thread += 7) {
+          for (bool turned : {false, true}) {
+            const uint64_t bits = counted_pairs<kOwn>(term, tile, turned, thread, 0);
+            for (int u = 0; u < kOwn; ++u) {
+              check(counted_pairs<2>(term, tile, turned, thread, u & ~1) == (bits >> (u & ~1) * kOwn & 0xffff), "part");
+              for (int v = 0; v < kOwn; ++v) {
+                const int row = own_row(thread, u), column = own_column(thread, v);
+                const int i = turned ? j0 + column : i0 + row;
+                const int j = turned ? i0 + row : j0 + column;
+                const int target = turned ? column_targets[column] : row_targets[row];
+                const bool want = i < 300 && j < 260 && !(term.self_pair == Test::kForbidden && j == i - 35) &&
+                                  !(term.target == Test::kForbidden && j == target) &&
+                                  !(term.target == Test::kRequired && j != target);
+                check((bits >> (u * kOwn + v) & 1) == want, "whether a pair counts");
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+  const int last = static_cast<int>(kMostRows) - 1;
+  const Shape large{last + 1, last + 1, -last};
+  check(counts({Reduce::kSum, Test::kRequired, Test::kAbsent}, large, last, 0, -1), "the farthest self pair");
+  check(has_self_pair(large, last / kTile * kTile, 0, kTile) && !has_self_pair(large, 0, last / kTile * kTile, kTile),
+        "the tile of the farthest self pair");
+}
+
+}  // namespace
+
+int main() {
+  fragment_maps();
+  operand_layout();
+  staged_layout();
+  super_axes();
+  sweep_orders();
+  panel_order();
+  addresses();
+  masks();
+  std::printf("%d wrong\n", failures);
+  return failures == 0 ? 0 : 1;
+}
