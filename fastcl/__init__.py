@@ -14,7 +14,7 @@ from fastcl.losses.common import LossStats
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.pairwise import pairwise
-from fastcl.terms import Axis, Mask, Reduce, Term
+from fastcl.terms import Axis, Mask, Reduce, Tags, Term
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,7 @@ __all__ = [
     "LossStats",
     "Mask",
     "Reduce",
+    "Tags",
     "Term",
     "cached",
     "clip_loss",

@@ -42,19 +42,25 @@ def check_pair(
         raise ValueError(f"{name} and {other_name} must have the same dtype, got {x.dtype} and {other.dtype}")
 
 
+def check_row_vector(name: str, vector: Tensor, x: Tensor, *, integer: bool) -> None:
+    """Raise unless ``vector`` holds one number, an integer or a floating-point one, for each row of ``x``."""
+    kind = "an integer tensor" if integer else "a floating-point tensor"
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be {kind}, got {type(vector).__name__}")
+    if vector.dtype.is_floating_point is integer or vector.dtype.is_complex or vector.dtype is torch.bool:
+        raise TypeError(f"{name} must be {kind}, got {vector.dtype}")
+    if vector.shape != x.shape[:1]:
+        raise ValueError(f"{name} must have shape ({x.shape[0]},), one for each row, got {tuple(vector.shape)}")
+    if vector.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} like the features, got {vector.device}")
+
+
 def check_target(name: str, target: Tensor, x: Tensor, n_keys: int | None = None) -> None:
     """Raise unless ``target`` holds one index for each row of ``x``, below ``n_keys`` where that is given.
 
     The bound is checked on the CPU only: elsewhere it would cost a synchronisation.
     """
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{name} must be an integer tensor, got {type(target).__name__}")
-    if target.dtype.is_floating_point or target.dtype.is_complex or target.dtype is torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {target.dtype}")
-    if target.shape != x.shape[:1]:
-        raise ValueError(f"{name} must have shape ({x.shape[0]},), one index for each row, got {tuple(target.shape)}")
-    if target.device != x.device:
-        raise ValueError(f"{name} must be on {x.device} like the features, got {target.device}")
+    check_row_vector(name, target, x, integer=True)
     readable = target.device.type == "cpu" and not torch.compiler.is_compiling()
     if n_keys is not None and readable and int(target.max()) >= n_keys:
         raise ValueError(f"{name} must hold indices below {n_keys}, got {int(target.max())}")

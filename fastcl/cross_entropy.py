@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastcl import engine
-from fastcl.pairwise import autocast, refuse_double_backward, scalar_tensor
-from fastcl.terms import Axis, CrossEntropy, Needs, Operands, Plan, Term, accumulation_dtype
+from fastcl.pairwise import autocast, checked_tags, refuse_double_backward, scalar_tensor
+from fastcl.terms import NO_TAGS, Axis, CrossEntropy, Needs, Operands, Plan, Tags, Term, accumulation_dtype, split_tags
 
 
 def cross_entropy(
@@ -31,6 +31,9 @@ def cross_entropy(
     reduction: str = "mean",
     normalize: bool = False,
     target: Tensor | None = None,
+    tags: Tags = NO_TAGS,
+    key_tags: Tags = NO_TAGS,
+    label_width: int = 0,
     norm_bound: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -44,7 +47,7 @@ def cross_entropy(
     averaged over the LSE terms, and over i for ``reduction="mean"``.
 
     Args:
-        a, b, scale, target, norm_bound, backend: as in :func:`fastcl.pairwise.pairwise`.
+        a, b, scale, target, tags, key_tags, label_width, norm_bound, backend: as in :func:`fastcl.pairwise.pairwise`.
         terms: LSE terms of the negatives, one SUM term along rows that is the positive's logit (unless ``positive`` is
             given), and any MAX terms. Terms along columns need as many columns as rows.
         positive: [N], the positives' logits, which may require grad.
@@ -69,7 +72,8 @@ def cross_entropy(
     >>> round(loss.item(), 4)
     0.5514
     """
-    plan = Plan(tuple(terms), symmetric=b is None)
+    plan = Plan(tuple(terms), symmetric=b is None, label_width=label_width)
+    all_tags = checked_tags(plan, a, b, tags, key_tags)
     dtype = accumulation_dtype(a.dtype)
     a, b = autocast(a), None if b is None else autocast(b)
     scale = scalar_tensor(scale, dtype, a.device)
@@ -80,7 +84,7 @@ def cross_entropy(
     # The operator is for tracers. Plain tensors skip it: the call alone takes longer than a batch of 32 does.
     traced = torch.compiler.is_compiling() or type(a) not in (Tensor, torch.nn.Parameter)
     loss, rows, columns, *_ = _ValueAndGradients.apply(
-        a, b, scale, target, positive, weights, options.encode() if traced else options
+        a, b, scale, target, positive, weights, options.encode() if traced else options, all_tags
     )
     values = {Axis.ROW: iter(rows.unbind()), Axis.COLUMN: iter(columns.unbind())}
     return loss, tuple(next(values[term.axis]) for term in plan.terms)
@@ -120,11 +124,12 @@ def _compute(
     positive: Tensor | None,
     weights: Tensor | None,
     options: Options,
+    tags: Sequence[Tensor | None],
 ) -> SevenTensors:
     """The loss, its statistics, and the gradients of a, b, scale and positive, empty where not needed."""
     found = engine.cross_entropy(
         options.plan,
-        Operands(a, b, scale, target, 1.0 if options.normalize else options.norm_bound),
+        Operands(a, b, scale, target, 1.0 if options.normalize else options.norm_bound, 0, 0, *split_tags(tags)),
         CrossEntropy(positive, weights, options.mean, options.normalize),
         options.needs,
         options.backend,
@@ -142,12 +147,13 @@ def _operator(
     positive: Tensor | None,
     weights: Tensor | None,
     options: str,
+    tags: Sequence[Tensor | None],
 ) -> SevenTensors:
-    return _compute(a, b, scale, target, positive, weights, Options.decode(options))
+    return _compute(a, b, scale, target, positive, weights, Options.decode(options), tags)
 
 
 @_operator.register_fake
-def _(a, b, scale, target, positive, weights, options):
+def _(a, b, scale, target, positive, weights, options, tags):
     call, dtype = Options.decode(options), accumulation_dtype(a.dtype)
     plan, n, m = call.plan, a.shape[0], (a if b is None else b).shape[0]
 
@@ -166,9 +172,9 @@ class _ValueAndGradients(torch.autograd.Function):
     """The derivative; as a class it costs a small batch less than registered with the operator."""
 
     @staticmethod
-    def forward(a, b, scale, target, positive, weights, options):
+    def forward(a, b, scale, target, positive, weights, options, tags):
         run = torch.ops.fastcl.cross_entropy if isinstance(options, str) else _compute
-        return run(a, b, scale, target, positive, weights, options)
+        return run(a, b, scale, target, positive, weights, options, tags)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -181,7 +187,7 @@ class _ValueAndGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         a, b, scale, positive, *gradients = ctx.saved_tensors
-        results = [None] * 7
+        results = [None] * 8
         for at, x, gradient in zip((0, 1, 2, 4), (a, b, scale, positive), gradients, strict=True):
             if ctx.needs_input_grad[at] and grad_loss is not None:
                 scaled = _FirstDerivative.apply(gradient, x) if torch.is_grad_enabled() else gradient

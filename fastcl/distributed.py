@@ -20,7 +20,7 @@ from torch import Tensor
 from fastcl import engine
 from fastcl.backends.pairs import merge, neutral
 from fastcl.exchange import Gather, Ranks, Ring, meet
-from fastcl.terms import Axis, Mask, Needs, Operands, Plan, Products, Statistics, Term, accumulation_dtype
+from fastcl.terms import Axis, Needs, Operands, Plan, Products, Statistics, Tags, Term, accumulation_dtype, split_tags
 
 EXCHANGES = ("auto", "ring", "gather")
 
@@ -68,7 +68,11 @@ def between_shards(plan: Plan) -> Plan:
     nothing, and what forbids one admits everything.
     """
     terms = [plan.terms[k] for k in crossing(plan)]
-    return Plan(tuple(replace(term, mask=Mask(), axis=axis) for axis in Axis for term in terms))
+    masks = [replace(term.mask, self_pair=None, target=None) for term in terms]
+    return Plan(
+        tuple(Term(t.reduce, mask, axis) for axis in Axis for t, mask in zip(terms, masks, strict=True)),
+        label_width=plan.label_width,
+    )
 
 
 def crossing(plan: Plan) -> list[int]:
@@ -101,7 +105,7 @@ class Shards:
 
         def visit(first: int, stop: int, tensors: Sequence[Tensor]) -> Tensor | None:
             columns = _neutral(seen_terms, stop - first, own)
-            for tile, operands in self._meetings(first, stop, tensors[0]):
+            for tile, operands in self._meetings(first, stop, tensors):
                 found = engine.statistics(tile.plan, operands, self.backend)
                 if tile.plan.symmetric:
                     _merge_into(rows, range(len(rows)), tile.plan.rows, found.rows)
@@ -114,7 +118,7 @@ class Shards:
         def merge_seen(x: Tensor, y: Tensor) -> Tensor:
             return torch.stack([merge(t.reduce, x[:, k], y[:, k]) for k, t in enumerate(seen_terms)], dim=1)
 
-        returned = self._travel().run([own.keys], visit, merge_seen)
+        returned = self._travel().run(self._keys, visit, merge_seen)
         columns = _neutral((), own.shape[1], own) if returned is None else returned.T.contiguous()
         if self.plan.symmetric:
             _merge_into(rows, crosses, seen_terms, columns)
@@ -131,10 +135,10 @@ class Shards:
         compute = functools.partial(engine.products, backend=self.backend)
 
         def visit(first: int, stop: int, tensors: Sequence[Tensor]) -> Tensor | None:
-            keys, *vectors = tensors
+            keys, vectors = tensors[0], tensors[len(self._keys) :]
             vectors = vectors or [keys.new_empty(len(keys), 0, dtype=own.accumulation_dtype)] * 2
             product_b = None
-            for tile, operands in self._meetings(first, stop, keys):
+            for tile, operands in self._meetings(first, stop, tensors):
                 columns = _shift(tile.columns, -first)
                 if tile.plan.symmetric:
                     found = compute(tile.plan, operands, statistics, incoming, Needs(True, False, False))
@@ -153,10 +157,15 @@ class Shards:
             return product_b
 
         luggage = [x.T.contiguous() for x in seen_vectors] if self._seen_terms else []
-        returned = self._travel().run([own.keys, *luggage], visit)
+        returned = self._travel().run([*self._keys, *luggage], visit)
         if symmetric:
             return Products(None if returned is None else product_a.add_(returned), None)
         return Products(product_a, returned)
+
+    @property
+    def _keys(self) -> list[Tensor]:
+        """What a rank shows the others of its keys: the keys themselves, and what masks test about them."""
+        return [self.operands.keys, *(tag for tag in self.operands.key_tags if tag is not None)]
 
     @property
     def _seen_terms(self) -> Sequence[Term]:
@@ -178,25 +187,29 @@ class Shards:
         held = (t for t in found if t.rows.start < t.rows.stop and t.columns.start < t.columns.stop and t.plan.terms)
         return sorted(held, key=lambda tile: tile.columns.start)
 
-    def _meetings(self, first: int, stop: int, keys: Tensor) -> Iterator[tuple[Tile, Operands]]:
-        """This rank's tiles with the columns ``first:stop``, which are ``keys``; neighbours are taken as one."""
+    def _meetings(self, first: int, stop: int, tensors: Sequence[Tensor]) -> Iterator[tuple[Tile, Operands]]:
+        """This rank's tiles with the columns ``first:stop``, neighbours as one; their ``_keys`` come first."""
         own, row0 = self.operands, sum(self.rows[: self.ranks.rank])
+        keys, *tags = tensors[: len(self._keys)]
+        tags = iter(tags)
+        key_tags = Tags(*(None if tag is None else next(tags) for tag in own.key_tags))
         start, end = (bisect.bisect_left(self._tiles, x, key=lambda tile: tile.columns.start) for x in (first, stop))
         for tile in _joined(self._tiles[start:end]):
             if tile.plan.symmetric:
                 yield tile, own
                 continue
-            yield (
-                tile,
-                replace(
-                    own,
-                    a=own.a[tile.rows],
-                    b=keys[_shift(tile.columns, -first)],
-                    target=own.target[tile.rows] if tile.plan.uses_target else None,
-                    row0=row0 + tile.rows.start,
-                    col0=tile.columns.start,
-                ),
+            columns = _shift(tile.columns, -first)
+            operands = replace(
+                own,
+                a=own.a[tile.rows],
+                b=keys[columns],
+                target=own.target[tile.rows] if tile.plan.tests("target") else None,
+                row0=row0 + tile.rows.start,
+                col0=tile.columns.start,
+                row_tags=own.row_tags.part(tile.rows),
+                column_tags=key_tags.part(columns),
             )
+            yield tile, operands
 
 
 def _joined(found: Sequence[Tile]) -> list[Tile]:
@@ -241,6 +254,7 @@ def statistics_over_ranks(
     b: Tensor | None,
     scale: Tensor,
     target: Tensor | None,
+    tags: Sequence[Tensor | None],
     plan: str,
     norm_bound: float | None,
     backend: str | None,
@@ -262,7 +276,7 @@ def statistics_over_ranks(
     met = meet(ranks, fields, (a.shape[0], keys.shape[0], largest), a.device)
     rows, columns, largest_targets = (list(numbers) for numbers in zip(*met, strict=True))
     _check(rows, columns, largest_targets, b is None)
-    operands = Operands(a, b, scale, target, norm_bound)
+    operands = Operands(a, b, scale, target, norm_bound, 0, 0, *split_tags(tags))
     shards = Shards(Plan.decode(plan), operands, ranks, rows, columns, exchange, backend)
     return *shards.statistics(), torch.tensor([rows, columns])
 
@@ -278,7 +292,7 @@ def _check(rows: list[int], columns: list[int], targets: list[int], symmetric: b
 
 
 @statistics_over_ranks.register_fake
-def _(a, b, scale, target, plan, norm_bound, backend, group, exchange, call):
+def _(a, b, scale, target, tags, plan, norm_bound, backend, group, exchange, call):
     decoded, dtype = Plan.decode(plan), accumulation_dtype(a.dtype)
     return (
         a.new_empty((len(decoded.rows), a.shape[0]), dtype=dtype),
@@ -293,6 +307,7 @@ def gradient_over_ranks(
     b: Tensor | None,
     scale: Tensor,
     target: Tensor | None,
+    tags: Sequence[Tensor | None],
     rows: Tensor,
     columns: Tensor,
     grad_rows: Tensor,
@@ -308,7 +323,7 @@ def gradient_over_ranks(
     needs_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's part of the gradient; what it is of the scale, the ranks' parts add up to."""
-    decoded, operands = Plan.decode(plan), Operands(a, b, scale, target, norm_bound)
+    decoded, operands = Plan.decode(plan), Operands(a, b, scale, target, norm_bound, 0, 0, *split_tags(tags))
     needs = Needs(needs_a, needs_b, needs_scale)
     shards = Shards(decoded, operands, Ranks.of(group), *lengths.tolist(), exchange, backend)
     products = shards.products(
@@ -322,7 +337,7 @@ def gradient_over_ranks(
 
 
 @gradient_over_ranks.register_fake
-def _(a, b, scale, target, rows, columns, grad_rows, grad_columns, lengths, *options):
+def _(a, b, scale, target, tags, rows, columns, grad_rows, grad_columns, lengths, *options):
     *_, needs_a, needs_b, needs_scale = options
     return (
         torch.empty_like(a, memory_format=torch.contiguous_format) if needs_a else scale.new_empty(0),
@@ -332,18 +347,19 @@ def _(a, b, scale, target, rows, columns, grad_rows, grad_columns, lengths, *opt
 
 
 def _save_for_gradient(ctx, inputs, output) -> None:
-    a, b, scale, target, *options, _ = inputs
-    ctx.save_for_backward(a, b, scale, target, *output)
+    a, b, scale, target, tags, *options, _ = inputs
+    ctx.save_for_backward(a, b, scale, target, *tags, *output)
     ctx.options = options
 
 
 def _backward(ctx, grad_rows: Tensor, grad_columns: Tensor, _):
-    *operands, rows, columns, lengths = ctx.saved_tensors
+    *operands_and_tags, rows, columns, lengths = ctx.saved_tensors
+    operands, tags = operands_and_tags[:4], operands_and_tags[4:]
     needs = ctx.needs_input_grad[:3]
     gradients = torch.ops.fastcl.gradient_over_ranks(
-        *operands, rows, columns, grad_rows, grad_columns, lengths, *ctx.options, *needs
+        *operands, tags, rows, columns, grad_rows, grad_columns, lengths, *ctx.options, *needs
     )
-    return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 7)
+    return (*(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 8)
 
 
 def _refuse_double_backward(ctx, *grads: Tensor):

@@ -15,8 +15,28 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastcl import distributed, engine
-from fastcl.checks import check_choice, check_group, check_matrix, check_pair, check_scalar, check_target
-from fastcl.terms import Axis, Needs, Operands, Plan, Reduce, Statistics, Term, accumulation_dtype
+from fastcl.checks import (
+    check_choice,
+    check_group,
+    check_matrix,
+    check_pair,
+    check_row_vector,
+    check_scalar,
+    check_target,
+)
+from fastcl.terms import (
+    NO_TAGS,
+    Axis,
+    Needs,
+    Operands,
+    Plan,
+    Reduce,
+    Statistics,
+    Tags,
+    Term,
+    accumulation_dtype,
+    split_tags,
+)
 
 
 def pairwise(
@@ -27,6 +47,9 @@ def pairwise(
     bias: float | Tensor | None = None,
     *,
     target: Tensor | None = None,
+    tags: Tags = NO_TAGS,
+    key_tags: Tags = NO_TAGS,
+    label_width: int = 0,
     norm_bound: float | None = None,
     row0: int = 0,
     col0: int = 0,
@@ -48,6 +71,10 @@ def pairwise(
         scale: a float or a 0-d tensor, which may require grad.
         bias: a float or a 0-d tensor, which may require grad.
         target: int64 [N], for masks that test ``target``; an index that names no key matches nothing.
+        tags, key_tags: what masks test about the rows of ``a`` and of ``b``: ``Tags(labels, ids, threshold)``, integers
+            [N] or [M] for the first two, logits without the bias, and without gradient, for the third; with ``b=None``
+            only ``tags``.
+        label_width: how far apart two labels may be and still count as equal.
         norm_bound: an upper bound of ``|a_i| * |b_j|`` if one is known (1 for unit vectors), to save the norms.
         row0, col0: global indices of ``a[0]`` and ``b[0]``, which ``self_pair`` and ``target`` refer to.
         backend: insist on one of :func:`fastcl.list_backends`.
@@ -83,8 +110,9 @@ def pairwise(
     >>> round(dcl(z, z, 1.0).item(), 4)  # log 6 negatives at similarity 0, positive at 1
     0.7918
     """
-    plan = Plan(tuple(terms), symmetric=b is None)
+    plan = Plan(tuple(terms), symmetric=b is None, label_width=label_width)
     _check_operands(plan, a, b, scale, target, row0, col0, shards=group is not None)
+    all_tags = checked_tags(plan, a, b, tags, key_tags)
     if bias is not None:
         check_scalar("bias", bias, positive=False)
     dtype = accumulation_dtype(a.dtype)
@@ -92,7 +120,7 @@ def pairwise(
     if target is not None:
         target = target.to(torch.int64)
     check_choice("exchange", exchange, distributed.EXCHANGES)
-    operands = (a, b, scalar_tensor(scale, dtype, a.device), target, plan.encode(), norm_bound)
+    operands = (a, b, scalar_tensor(scale, dtype, a.device), target, all_tags, plan.encode(), norm_bound)
     if group is None:
         rows, columns = torch.ops.fastcl.pairwise_statistics(*operands, row0, col0, backend)
         count = functools.partial(admitted_count, row0=row0, col0=col0)
@@ -110,6 +138,8 @@ def pairwise(
         if bias is not None:
             shift = scalar_tensor(bias, dtype, a.device)
             if term.reduce is Reduce.SUM:
+                if not term.mask.names_pairs:
+                    raise ValueError(f"bias must be None with {term}: add it to the sum, times the pairs it is over")
                 n, m = len(a), len(a if b is None else b)
                 shift = shift * count(term, n=n, m=m, target=target, device=a.device)
             value = value + shift
@@ -183,6 +213,7 @@ def _statistics(
     b: Tensor | None,
     scale: Tensor,
     target: Tensor | None,
+    tags: Sequence[Tensor | None],
     plan: str,
     norm_bound: float | None,
     row0: int,
@@ -190,12 +221,12 @@ def _statistics(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     engine.warn_if_ranks_are_apart()
-    operands = Operands(a, b, scale, target, norm_bound, row0, col0)
+    operands = Operands(a, b, scale, target, norm_bound, row0, col0, *split_tags(tags))
     return tuple(engine.statistics(Plan.decode(plan), operands, backend))
 
 
 @_statistics.register_fake
-def _(a, b, scale, target, plan, norm_bound, row0, col0, backend):
+def _(a, b, scale, target, tags, plan, norm_bound, row0, col0, backend):
     decoded, dtype = Plan.decode(plan), accumulation_dtype(a.dtype)
     n, m = a.shape[0], (a if b is None else b).shape[0]
     return a.new_empty((len(decoded.rows), n), dtype=dtype), a.new_empty((len(decoded.columns), m), dtype=dtype)
@@ -207,6 +238,7 @@ def _gradient(
     b: Tensor | None,
     scale: Tensor,
     target: Tensor | None,
+    tags: Sequence[Tensor | None],
     rows: Tensor,
     columns: Tensor,
     grad_rows: Tensor,
@@ -222,7 +254,7 @@ def _gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = engine.gradient(
         Plan.decode(plan),
-        Operands(a, b, scale, target, norm_bound, row0, col0),
+        Operands(a, b, scale, target, norm_bound, row0, col0, *split_tags(tags)),
         Statistics(rows, columns),
         Statistics(grad_rows, grad_columns),
         Needs(needs_a, needs_b, needs_scale),
@@ -232,8 +264,8 @@ def _gradient(
 
 
 @_gradient.register_fake
-def _(a, b, scale, target, rows, columns, grad_rows, grad_columns, plan, norm_bound, row0, col0, *needs_and_backend):
-    needs_a, needs_b, needs_scale, _ = needs_and_backend
+def _(a, b, scale, target, tags, rows, columns, grad_rows, grad_columns, *options):
+    *_, needs_a, needs_b, needs_scale, _ = options
     nothing = scale.new_empty(0)
     return (
         torch.empty_like(a, memory_format=torch.contiguous_format) if needs_a else nothing,
@@ -243,20 +275,21 @@ def _(a, b, scale, target, rows, columns, grad_rows, grad_columns, plan, norm_bo
 
 
 def _save_for_gradient(ctx, inputs, output) -> None:
-    a, b, scale, target, *options = inputs
-    ctx.save_for_backward(a, b, scale, target, *output)
+    a, b, scale, target, tags, *options = inputs
+    ctx.save_for_backward(a, b, scale, target, *tags, *output)
     ctx.options = options
 
 
 def _backward(ctx, grad_rows: Tensor, grad_columns: Tensor):
-    *operands, rows, columns = ctx.saved_tensors
+    *operands_and_tags, rows, columns = ctx.saved_tensors
+    operands, tags = operands_and_tags[:4], operands_and_tags[4:]
     plan, norm_bound, row0, col0, backend = ctx.options
     needs = ctx.needs_input_grad[:3]
     gradients = torch.ops.fastcl.pairwise_gradient(
-        *operands, rows, columns, grad_rows, grad_columns, plan, norm_bound, row0, col0, *needs, backend
+        *operands, tags, rows, columns, grad_rows, grad_columns, plan, norm_bound, row0, col0, *needs, backend
     )
     wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-    return (*wanted, None, None, None, None, None, None)
+    return (*wanted, *[None] * 7)
 
 
 def refuse_double_backward(ctx, *grads: Tensor):
@@ -296,8 +329,22 @@ def _check_operands(
     check_scalar("scale", scale, positive=False)
     if target is not None:
         check_target("target", target, a)
-    elif plan.uses_target:
+    elif plan.tests("target"):
         raise ValueError("target must be given, because a term's mask tests it; got None")
+
+
+def checked_tags(plan: Plan, a: Tensor, b: Tensor | None, tags: Tags, key_tags: Tags) -> list[Tensor | None]:
+    """The tags that the plan's masks test: three of the rows, then three of the columns."""
+    found: list[Tensor | None] = []
+    for prefix, given, x, axis in (("tags", tags, a, Axis.ROW), ("key_tags", key_tags, b, Axis.COLUMN)):
+        for name, tag, tested in zip(Tags._fields, given, plan.tags_tested(axis), strict=True):
+            if not tested or x is None:
+                found.append(None)
+                continue
+            is_integer = name != "threshold"
+            check_row_vector(f"{prefix}.{name}", tag, x, integer=is_integer)
+            found.append(tag.to(torch.int64) if is_integer else tag.detach().to(accumulation_dtype(a.dtype)))
+    return found
 
 
 def scalar_tensor(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import enum
 import functools
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -37,16 +38,36 @@ class Axis(enum.Enum):
 class Mask:
     """An AND of tests on the pair (i, j): each is absent (None), required (True) or forbidden (False).
 
-    ``self_pair`` tests ``i + row0 == j + col0``; ``target`` tests ``j + col0 == target[i]``.
+    ``self_pair`` tests ``i + row0 == j + col0``; ``target`` tests ``j + col0 == target[i]``; ``label`` tests
+    ``|label of i - label of j| <= label_width`` (equality, unless the plan has a width); ``id`` tests the equality of
+    ids; ``above`` tests ``scale * <a[i], b[j]> > threshold`` of the row, or of the column for a term along columns.
     """
 
     self_pair: bool | None = None
     target: bool | None = None
+    label: bool | None = None
+    id: bool | None = None
+    above: bool | None = None
 
     @property
     def is_sparse(self) -> bool:
         """Whether a row admits only the few pairs that a test names, instead of all but those."""
         return bool(self.self_pair or self.target)
+
+    @property
+    def names_pairs(self) -> bool:
+        """Whether the self pair and the target are all that is tested, at most two columns of each row."""
+        return self.label is None and self.id is None and self.above is None
+
+    def encode(self) -> str:
+        """The tests that are not absent, with their signs."""
+        tests = ((test.name, getattr(self, test.name)) for test in fields(self))
+        return ",".join(f"{'+' if wanted else '-'}{name}" for name, wanted in tests if wanted is not None)
+
+    @staticmethod
+    def decode(text: str) -> Mask:
+        """The inverse of :meth:`encode`."""
+        return Mask(**{test[1:]: test[0] == "+" for test in text.split(",") if test})
 
 
 @dataclass(frozen=True)
@@ -58,16 +79,16 @@ class Term:
     axis: Axis = Axis.ROW
 
 
-_TEST_CODES = {None: "*", True: "+", False: "-"}
-_TESTS = {code: test for test, code in _TEST_CODES.items()}
-
-
 @dataclass(frozen=True)
 class Plan:
-    """The terms one loss needs; ``symmetric`` means B is A, so that only half of S has to be looked at."""
+    """The terms one loss needs; ``symmetric`` means B is A, so that only half of S has to be looked at.
+
+    ``label_width`` is how far two labels may be apart and still pass a mask's test of ``label``.
+    """
 
     terms: tuple[Term, ...]
     symmetric: bool = False
+    label_width: int = 0
 
     @property
     def rows(self) -> tuple[Term, ...]:
@@ -79,33 +100,62 @@ class Plan:
         """The terms along columns, in the order of the rows of ``Statistics.columns``."""
         return tuple(term for term in self.terms if term.axis is Axis.COLUMN)
 
+    def tests(self, name: str) -> bool:
+        """Whether any mask of the plan has the test of this name."""
+        return any(getattr(term.mask, name) is not None for term in self.terms)
+
+    def tags_tested(self, axis: Axis) -> tuple[bool, bool, bool]:
+        """Which of an axis' labels, ids and threshold any mask looks at."""
+        thresholds = any(term.mask.above is not None for term in self.terms if term.axis is axis)
+        return self.tests("label"), self.tests("id"), thresholds
+
     @property
-    def uses_target(self) -> bool:
-        """Whether any mask of the plan looks at ``target``."""
-        return any(term.mask.target is not None for term in self.terms)
+    def names_pairs(self) -> bool:
+        """Whether no mask tests more than the self pair and the target."""
+        return all(term.mask.names_pairs for term in self.terms)
 
     def encode(self) -> str:
         """The plan as a string, the form in which it crosses into a torch operator.
 
         >>> Plan((Term(Reduce.LSE, Mask(self_pair=False)),), symmetric=True).encode()
-        'symmetric lse:row:-*'
+        'symmetric lse:row:-self_pair'
         """
-        terms = (
-            f"{t.reduce.value}:{t.axis.value}:{_TEST_CODES[t.mask.self_pair]}{_TEST_CODES[t.mask.target]}"
-            for t in self.terms
-        )
-        return " ".join(("symmetric" if self.symmetric else "general", *terms))
+        kind = "symmetric" if self.symmetric else "general"
+        terms = (f"{term.reduce.value}:{term.axis.value}:{term.mask.encode()}" for term in self.terms)
+        return " ".join((f"{kind}~{self.label_width}" if self.label_width else kind, *terms))
 
     @staticmethod
     @functools.lru_cache(maxsize=256)
     def decode(text: str) -> Plan:
         """The inverse of :meth:`encode`."""
-        kind, *codes = text.split(" ")
+        head, *codes = text.split(" ")
+        kind, _, width = head.partition("~")
         terms = []
         for code in codes:
             reduce, axis, tests = code.split(":")
-            terms.append(Term(Reduce(reduce), Mask(*(_TESTS[test] for test in tests)), Axis(axis)))
-        return Plan(tuple(terms), symmetric=kind == "symmetric")
+            terms.append(Term(Reduce(reduce), Mask.decode(tests), Axis(axis)))
+        return Plan(tuple(terms), symmetric=kind == "symmetric", label_width=int(width or 0))
+
+
+class Tags(NamedTuple):
+    """What masks test about the rows of one operand: int64 labels and ids, and logits as thresholds, [rows] each."""
+
+    labels: Tensor | None = None
+    ids: Tensor | None = None
+    threshold: Tensor | None = None
+
+    def part(self, rows: slice) -> Tags:
+        """The tags of some of the rows."""
+        return Tags(*(None if tag is None else tag[rows] for tag in self))
+
+
+NO_TAGS = Tags()
+
+
+def split_tags(tags: Sequence[Tensor | None]) -> tuple[Tags, Tags]:
+    """The rows' tags and the columns' from the form in which they cross into an operator."""
+    half = len(Tags._fields)
+    return Tags(*tags[:half]), Tags(*tags[half:])
 
 
 @dataclass(frozen=True)
@@ -115,6 +165,7 @@ class Operands:
     ``a`` is [N, D] and ``b`` [M, D], of one dtype and device; ``scale`` is 0-d in the accumulation dtype; ``target`` is
     int64 [N] or None. ``norm_bound`` is an upper bound of ``|a[i]| * |b[j]|`` where the caller knows one (1 for unit
     vectors). ``row0`` and ``col0`` are the global indices of ``a[0]`` and ``b[0]`` when these are shards.
+    ``row_tags`` and ``column_tags`` hold what masks test about the rows of a and of b.
     """
 
     a: Tensor
@@ -124,11 +175,18 @@ class Operands:
     norm_bound: float | None = None
     row0: int = 0
     col0: int = 0
+    row_tags: Tags = NO_TAGS
+    column_tags: Tags = NO_TAGS
 
     @property
     def keys(self) -> Tensor:
         """``b``, or ``a`` where the plan is symmetric."""
         return self.a if self.b is None else self.b
+
+    @property
+    def key_tags(self) -> Tags:
+        """The tags of ``keys``."""
+        return self.row_tags if self.b is None else self.column_tags
 
     @property
     def shape(self) -> tuple[int, int]:

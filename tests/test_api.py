@@ -155,7 +155,7 @@ def test_choice_of_backend_is_logged_and_overridable(caplog, monkeypatch: pytest
         fastcl.nt_xent(X, Y, 0.5, backend="dense")
         fastcl.nt_xent(X, Y, 0.5, backend="dense")
     assert [record.message for record in caplog.records] == [
-        "backend dense for cpu torch.float32 tensors, plan: symmetric lse:row:-- sum:row:*+"
+        "backend dense for cpu torch.float32 tensors, plan: symmetric lse:row:-self_pair,-target sum:row:+target"
     ]
     monkeypatch.setenv("FASTCL_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="got 'nonsense'"):

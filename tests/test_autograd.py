@@ -54,14 +54,16 @@ def test_opcheck(plan: Plan, backend: str) -> None:
     b = None if plan.symmetric else torch.randn(6, 4, requires_grad=True)
     scale = torch.tensor(2.0, requires_grad=True)
     target = torch.tensor([3, 4, 5, 0, 1, 2])
-    arguments = (a, b, scale, target, plan.encode(), None, 0, 0, backend)
+    no_tags = [None] * 6
+    arguments = (a, b, scale, target, no_tags, plan.encode(), None, 0, 0, backend)
     torch.library.opcheck(torch.ops.fastcl.pairwise_statistics, arguments)
 
     rows, columns = (x.detach() for x in torch.ops.fastcl.pairwise_statistics(*arguments))
     a, b, scale = a.detach(), None if b is None else b.detach(), scale.detach()
     grads = (torch.randn_like(rows), torch.randn_like(columns))
     options = (plan.encode(), None, 0, 0, True, not plan.symmetric, True, backend)
-    torch.library.opcheck(torch.ops.fastcl.pairwise_gradient, (a, b, scale, target, rows, columns, *grads, *options))
+    arguments = (a, b, scale, target, no_tags, rows, columns, *grads, *options)
+    torch.library.opcheck(torch.ops.fastcl.pairwise_gradient, arguments)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -74,7 +76,7 @@ def test_opcheck_of_the_softmax_operator(plan: Plan, backend: str) -> None:
     needs = Needs(True, not plan.symmetric, True)
     options = Options(plan, mean=True, normalize=True, norm_bound=None, needs=needs, backend=backend)
     assert Options.decode(options.encode()) == options
-    arguments = (a, b, scale, target, None, torch.rand(6), options.encode())
+    arguments = (a, b, scale, target, None, torch.rand(6), options.encode(), [None] * 6)
     # The gradients that are made with the value are not for a caller to differentiate, as the check would do.
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.fastcl.cross_entropy, arguments, test_utils=checks)

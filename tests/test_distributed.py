@@ -305,9 +305,9 @@ def count_passes(rank: int, plan: str, exchange: str, rows: int) -> tuple[float,
 @pytest.mark.parametrize(
     ("plan", "passes"),
     [
-        ("general lse:row:-* lse:column:-* sum:row:+*", (1.0, 3.0)),
-        ("general lse:row:-* sum:row:+*", (1.0, 3.0)),
-        ("symmetric lse:row:-- sum:row:*+", (0.5, 1.5)),
+        ("general lse:row:-self_pair lse:column:-self_pair sum:row:+self_pair", (1.0, 3.0)),
+        ("general lse:row:-self_pair sum:row:+self_pair", (1.0, 3.0)),
+        ("symmetric lse:row:-self_pair,-target sum:row:+target", (0.5, 1.5)),
     ],
     ids=["clip", "info_nce", "nt_xent"],
 )
@@ -350,7 +350,9 @@ def longest_matrix(rank: int, plan: str, exchange: str, rows: int) -> int:
     return seen.rows
 
 
-@pytest.mark.parametrize("plan", ["general lse:row:-* lse:column:-*", "symmetric lse:row:-* sum:row:*+"])
+@pytest.mark.parametrize(
+    "plan", ["general lse:row:-self_pair lse:column:-self_pair", "symmetric lse:row:-self_pair sum:row:+target"]
+)
 def test_a_ring_holds_no_more_than_a_shard_at_a_time(worlds, plan: str) -> None:
     assert worlds(4).run(longest_matrix, plan, "ring", 32) == [32] * 4
     assert worlds(4).run(longest_matrix, plan, "gather", 32) == [128] * 4

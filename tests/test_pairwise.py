@@ -11,14 +11,23 @@ from torch import Tensor
 
 from fastcl import Axis, Mask, Reduce, Term, pairwise
 from fastcl.engine import BACKENDS
-from fastcl.terms import Operands, Plan
+from fastcl.terms import NO_TAGS, Operands, Plan, Tags
 from tests.cases import available_backends
 
 MASKS = [Mask(*tests) for tests in itertools.product((None, True, False), repeat=2)]
 N, M, D, ROW0, COL0 = 13, 11, 5, 4, 6
 
 
-def definition(term: Term, logits: Tensor, target: Tensor, row0: int, col0: int) -> Tensor:
+def definition(
+    term: Term,
+    logits: Tensor,
+    target: Tensor,
+    row0: int,
+    col0: int,
+    tags: Tags = NO_TAGS,
+    key_tags: Tags = NO_TAGS,
+    label_width: int = 0,
+) -> Tensor:
     i = torch.arange(logits.shape[0])[:, None] + row0
     j = torch.arange(logits.shape[1])[None, :] + col0
     admits = torch.ones_like(logits, dtype=torch.bool)
@@ -26,6 +35,13 @@ def definition(term: Term, logits: Tensor, target: Tensor, row0: int, col0: int)
         admits &= (i == j) == term.mask.self_pair
     if term.mask.target is not None:
         admits &= (target[:, None] == j) == term.mask.target
+    if term.mask.label is not None:
+        admits &= ((tags.labels[:, None] - key_tags.labels).abs() <= label_width) == term.mask.label
+    if term.mask.id is not None:
+        admits &= (tags.ids[:, None] == key_tags.ids) == term.mask.id
+    if term.mask.above is not None:
+        threshold = tags.threshold[:, None] if term.axis is Axis.ROW else key_tags.threshold
+        admits &= (logits > threshold) == term.mask.above
     dim = 1 if term.axis is Axis.ROW else 0
     if term.reduce is Reduce.SUM:
         return logits.where(admits, 0.0).sum(dim)
@@ -79,6 +95,55 @@ def test_every_term(reduce: Reduce, mask: Mask, symmetric: bool, backend: str) -
         torch.testing.assert_close(x, torch.nan_to_num(y), rtol=1e-4, atol=1e-4)
 
 
+TAG_MASKS = [
+    Mask(label=True),
+    Mask(label=False, self_pair=False),
+    Mask(label=True, self_pair=False, id=False),
+    Mask(id=False, target=False),
+    Mask(id=True, above=True),
+    Mask(above=True, self_pair=False),
+    Mask(above=False, target=False, label=False),
+]
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@pytest.mark.parametrize("label_width", [0, 1])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("mask", TAG_MASKS, ids=Mask.encode)
+def test_masks_that_test_tags(mask: Mask, symmetric: bool, label_width: int, backend: str) -> None:
+    terms = [Term(reduce, mask, axis) for reduce in Reduce for axis in (Axis if not symmetric else (Axis.ROW,))]
+    if reason := supported(terms, symmetric, backend):
+        pytest.skip(f"{backend}: {reason}")
+    generator = torch.Generator().manual_seed(3)
+
+    def draw_tags(rows: int) -> Tags:
+        # Large numbers, so that a narrower type would show, and a label that only one row has.
+        labels = torch.randint(4, (rows,), generator=generator) + 2**40
+        labels[0] = 7
+        return Tags(labels, torch.randint(5, (rows,), generator=generator), torch.randn(rows, generator=generator))
+
+    n, m = 150, 70
+    tags = draw_tags(n)
+    key_tags = tags if symmetric else draw_tags(m)
+    a = torch.randn(n, D, generator=generator).requires_grad_()
+    b = None if symmetric else torch.randn(m, D, generator=generator).requires_grad_()
+    target = (torch.arange(n) * 5 + 1) % (n if symmetric else m)
+    options = {} if symmetric else {"key_tags": key_tags}
+    got = pairwise(a, b, terms, 0.7, target=target, tags=tags, label_width=label_width, backend=backend, **options)
+    logits = 0.7 * a.double() @ (a if b is None else b).double().T
+    want = [definition(term, logits, target, 0, 0, tags, key_tags, label_width) for term in terms]
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+    def loss(statistics) -> Tensor:
+        kept = (x for x, term in zip(statistics, terms, strict=True) if term.reduce is not Reduce.MAX)
+        return sum((x.masked_fill(x == -math.inf, 0.0) * torch.arange(len(x))).sum() for x in kept)
+
+    inputs = [x for x in (a, b) if x is not None]
+    for x, y in zip(torch.autograd.grad(loss(got), inputs), torch.autograd.grad(loss(want), inputs), strict=True):
+        torch.testing.assert_close(x, torch.nan_to_num(y), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("backend", available_backends())
 def test_several_log_sum_exps_in_one_plan(backend: str) -> None:
     terms = [
@@ -105,7 +170,7 @@ def test_several_log_sum_exps_in_one_plan(backend: str) -> None:
 
 
 def test_plan_round_trip() -> None:
-    plan = Plan(tuple(Term(r, m, x) for r in Reduce for m in MASKS for x in Axis))
+    plan = Plan(tuple(Term(r, m, x) for r in Reduce for m in MASKS + TAG_MASKS for x in Axis), label_width=3)
     assert Plan.decode(plan.encode()) == plan
     assert Plan.decode(Plan((Term(Reduce.LSE),), symmetric=True).encode()).symmetric
 
@@ -115,11 +180,13 @@ def test_plan_round_trip() -> None:
     [
         (lambda x: pairwise(x, None, [Term(Reduce.LSE, axis=Axis.COLUMN)]), "terms must lie along rows"),
         (lambda x: pairwise(x, x, [Term(Reduce.LSE, Mask(target=True))]), "target must be given"),
+        (lambda x: pairwise(x, x, [Term(Reduce.LSE, Mask(id=True))], tags=Tags(ids=torch.arange(3))), "key_tags.ids"),
+        (lambda x: pairwise(x, None, [Term(Reduce.LSE, Mask(label=True))], tags=Tags(torch.arange(2))), "tags.labels"),
         (lambda x: pairwise(x, x, []), "at least one Term"),
         (lambda x: pairwise(x, None, [Term(Reduce.LSE)], row0=1), "row0 and col0 must be equal"),
         (lambda x: pairwise(x, x, [Term(Reduce.LSE)], scale=x), "scale must be a float or a 0-d tensor"),
     ],
 )
 def test_bad_plans(call, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(torch.randn(3, 2))

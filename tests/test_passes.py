@@ -85,7 +85,7 @@ def test_passes_of_the_mean(loss: Loss, frozen: bool, monkeypatch: pytest.Monkey
     [((True, True, True), 3), ((True, False, True), 2), ((False, True, True), 2), ((False, False, True), 2)],
 )
 def test_scale_costs_no_sweep(needs: tuple[bool, bool, bool], passes: int) -> None:
-    plan = Plan.decode("general lse:row:** lse:column:**")
+    plan = Plan.decode("general lse:row: lse:column:")
     a, b = torch.randn(2, 64, DIM)
     operands = Operands(a, b, torch.tensor(2.0))
     statistics = engine.statistics(plan, operands, "tiled")

@@ -15,7 +15,10 @@ from fastcl.terms import Operands, Plan
 from tests.ranks import World
 
 DIM = 8
-PLANS = {"clip": "general lse:row:-* lse:column:-* sum:row:+*", "nt_xent": "symmetric lse:row:-- sum:row:*+"}
+PLANS = {
+    "clip": "general lse:row:-self_pair lse:column:-self_pair sum:row:+self_pair",
+    "nt_xent": "symmetric lse:row:-self_pair,-target sum:row:+target",
+}
 
 
 @pytest.fixture(params=[2, 3, 4])

@@ -71,6 +71,8 @@ def supports(plan: Plan, operands: Operands) -> str | None:
         return "an operand is empty"
     if plan.symmetric and (plan.columns or operands.b is not None or operands.row0 != operands.col0):
         return "a symmetric plan takes one operand, row terms only, and row0 == col0"
+    if not plan.names_pairs:
+        return "a mask tests label, id or above"
     if any(term.reduce is Reduce.SUM and not term.mask.is_sparse for term in plan.terms):
         return "a SUM over all but a few pairs is not implemented"
     for terms in (plan.rows, plan.columns):
@@ -121,7 +123,7 @@ def _vector(x: Tensor | None) -> Tensor | None:
 
 
 def _arguments(plan: Plan, operands: Operands) -> tuple:
-    target = operands.target if plan.uses_target else None
+    target = operands.target if plan.tests("target") else None
     scale = operands.scale.item()
     return (
         operands.a.detach(),

@@ -27,7 +27,7 @@ def statistics(plan: Plan, operands: Operands) -> Statistics:
     s = logits(operands, rows, columns)
 
     def reduce_all(terms: tuple[Term, ...], dim: int, length: int) -> Tensor:
-        values = [reduce_tile(t.reduce, s, admitted(t.mask, operands, rows, columns), dim) for t in terms]
+        values = [reduce_tile(t.reduce, s, admitted(t, plan, operands, s, rows, columns), dim) for t in terms]
         return torch.stack(values) if values else s.new_empty((0, length))
 
     n, m = operands.shape
@@ -47,7 +47,7 @@ def gradient(
     w = torch.zeros_like(s)
     for terms, values, grads in zip((plan.rows, plan.columns), statistics, incoming, strict=True):
         for term, value, grad in zip(terms, values, grads, strict=True):
-            weights = weight_tile(term, s, admitted(term.mask, operands, rows, columns), value, grad)
+            weights = weight_tile(term, s, admitted(term, plan, operands, s, rows, columns), value, grad)
             if weights is not None:
                 w += weights
     if plan.symmetric:

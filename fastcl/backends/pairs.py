@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastcl.terms import Axis, Mask, Operands, Reduce, Term
+from fastcl.terms import Axis, Operands, Plan, Reduce, Term
 
 
 def logits(operands: Operands, rows: slice, columns: slice) -> Tensor:
@@ -21,9 +21,10 @@ def logits(operands: Operands, rows: slice, columns: slice) -> Tensor:
     return (a @ b.mT).mul_(operands.scale)
 
 
-def admitted(mask: Mask, operands: Operands, rows: slice, columns: slice) -> Tensor:
-    """A bool tile of the pairs that ``mask`` admits, or a 0-d True where it has no test."""
-    device = operands.a.device
+def admitted(term: Term, plan: Plan, operands: Operands, s: Tensor, rows: slice, columns: slice) -> Tensor:
+    """A bool tile of the pairs that the term's mask admits, or a 0-d True where it has no test; ``s`` is the tile."""
+    mask, device = term.mask, operands.a.device
+    of_rows, of_columns = operands.row_tags.part(rows), operands.key_tags.part(columns)
     j = torch.arange(columns.start, columns.stop, device=device) + operands.col0
     result = torch.ones((), dtype=torch.bool, device=device)
     if mask.self_pair is not None:
@@ -31,6 +32,15 @@ def admitted(mask: Mask, operands: Operands, rows: slice, columns: slice) -> Ten
         result = (i[:, None] == j) == mask.self_pair
     if mask.target is not None:
         result = result & ((operands.target[rows, None] == j) == mask.target)
+    if mask.label is not None:
+        x, y = of_rows.labels[:, None], of_columns.labels
+        near = (x - y).abs_() <= plan.label_width if plan.label_width else x == y
+        result = result & (near == mask.label)
+    if mask.id is not None:
+        result = result & ((of_rows.ids[:, None] == of_columns.ids) == mask.id)
+    if mask.above is not None:
+        threshold = of_rows.threshold[:, None] if term.axis is Axis.ROW else of_columns.threshold
+        result = result & ((s > threshold) == mask.above)
     return result
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastcl.backends.pairs import admitted, logits, merge, neutral, reduce_tile, weight_tile
 from fastcl.backends.softmax import evaluate, finish, through_unit_length, two_sweeps, unit_operands
-from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Reduce, Statistics, Term
+from fastcl.terms import Axis, CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Reduce, Statistics, Term
 
 _TILE_ON_CPU = 1024
 _TILE_ELSEWHERE = 4096
@@ -39,10 +39,10 @@ def statistics(plan: Plan, operands: Operands) -> Statistics:
     result = Statistics(_neutral(plan.rows, n, operands), _neutral(plan.columns, m, operands))
     for rows, columns in _tiles(plan, operands):
         s = logits(operands, rows, columns)
-        _accumulate(result.rows, plan.rows, s, 1, operands, rows, columns)
-        _accumulate(result.columns, plan.columns, s, 0, operands, rows, columns)
+        _accumulate(result.rows, plan, s, operands, rows, columns, Axis.ROW)
+        _accumulate(result.columns, plan, s, operands, rows, columns, Axis.COLUMN)
         if plan.symmetric and rows != columns:
-            _accumulate(result.rows, plan.rows, s.mT, 1, operands, columns, rows)
+            _accumulate(result.rows, plan, s.mT, operands, columns, rows, Axis.ROW)
     return result
 
 
@@ -63,7 +63,7 @@ def gradient(
         sides = ((plan.rows, 0, rows), (plan.columns, 1, columns))
         for terms, side, span in sides:
             for term, value, grad in zip(terms, statistics[side][:, span], incoming[side][:, span], strict=True):
-                tile = weight_tile(term, s, admitted(term.mask, operands, rows, columns), value, grad)
+                tile = weight_tile(term, s, admitted(term, plan, operands, s, rows, columns), value, grad)
                 if tile is not None:
                     w += tile
         return w
@@ -100,7 +100,7 @@ def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Nee
     for start in range(0, n, rows):
         panel = slice(start, min(start + rows, n))
         s = logits(unit, panel, everything)
-        admits = [admitted(term.mask, operands, panel, everything) for term in plan.rows]
+        admits = [admitted(term, plan, unit, s, panel, everything) for term in plan.rows]
         for k, term in enumerate(plan.rows):
             values[k, panel] = reduce_tile(term.reduce, s, admits[k], 1)
         own = replace(
@@ -156,9 +156,9 @@ def _neutral(terms: tuple[Term, ...], length: int, operands: Operands) -> Tensor
 
 
 def _accumulate(
-    result: Tensor, terms: tuple[Term, ...], s: Tensor, dim: int, operands: Operands, rows: slice, columns: slice
+    result: Tensor, plan: Plan, s: Tensor, operands: Operands, rows: slice, columns: slice, axis: Axis
 ) -> None:
-    span = rows if dim == 1 else columns
+    terms, span, dim = (plan.rows, rows, 1) if axis is Axis.ROW else (plan.columns, columns, 0)
     for k, term in enumerate(terms):
-        partial = reduce_tile(term.reduce, s, admitted(term.mask, operands, rows, columns), dim)
+        partial = reduce_tile(term.reduce, s, admitted(term, plan, operands, s, rows, columns), dim)
         result[k, span] = merge(term.reduce, result[k, span], partial)

@@ -38,7 +38,7 @@ def constants(plan: Plan) -> Constants:
         column_terms=rows if plan.symmetric else tuple(map(_code, plan.columns)),
         symmetric=plan.symmetric,
         uses_self=any(term.mask.self_pair is not None for term in plan.terms),
-        uses_target=plan.uses_target,
+        uses_target=plan.tests("target"),
     )
 
 
