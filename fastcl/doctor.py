@@ -23,7 +23,7 @@ def summary() -> str:
     """This machine's state in one line: versions, processor or GPU, and the backend that a default call takes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    engine = next(n for n in ("cuda", "triton", "cpu", "tiled") if _runs_on(n, device))
+    engine = next(n for n in ("triton", "cpu", "tiled") if _runs_on(n, device))
     level = f" ({cpu.level()})" if engine == "cpu" else ""
     return (
         f"fastcl {fastcl.__version__}, torch {torch.__version__}, {name}, {torch.get_num_threads()} threads: "

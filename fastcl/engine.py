@@ -19,10 +19,11 @@ from fastcl.terms import CrossEntropy, Gradients, LossAndGradients, Needs, Opera
 logger = logging.getLogger("fastcl")
 
 BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "tiled": tiled, "dense": dense}
-"""Every backend by name, fastest first."""
+"""Every backend by name."""
 
 _AUTOMATIC = {"cpu": ("cpu", "tiled")}
-_AUTOMATIC_ELSEWHERE = ("cuda", "triton", "tiled")
+# "cuda" only where it is asked for: it was not run on a GPU yet
+_AUTOMATIC_ELSEWHERE = ("triton", "tiled")
 _ENGINE_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 
 

@@ -19,7 +19,7 @@ def test_python_m_fastcl() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for name in available_backends():
         assert f"\n{name:9} works on cpu" in done.stdout
-    assert "cuda      unavailable: the CUDA C++ kernels are not part" in done.stdout
+    assert "cuda      unavailable: the CUDA extension is not built" in done.stdout
 
 
 @pytest.mark.skipif("FASTCL_EXPECT_CPU" not in os.environ, reason="FASTCL_EXPECT_CPU doesn't ask for the C++ engine")

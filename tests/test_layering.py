@@ -11,7 +11,7 @@ import fastcl
 
 PACKAGE = Path(fastcl.__file__).parent
 LAYERS = (
-    ("terms", "checks", "exchange", "trees", "tuning", "_C"),
+    ("terms", "checks", "exchange", "trees", "tuning", "_C", "_cuda"),
     ("backends",),
     ("engine",),
     ("distributed",),

@@ -25,22 +25,6 @@ class Launcher {
   cudaStream_t stream_;
 };
 
-// One set of kernels for each kind of product; a plan, its masks and its symmetry are arguments. bfloat16 and float16
-// are what models are trained in, tf32 is float32 under set_float32_matmul_precision("high"), tf32 x 3 under "highest".
-template <class Call>
-void for_precision(Dtype dtype, Call call) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return call(BFloat16());
-    case Dtype::kFloat16:
-      return call(Float16());
-    case Dtype::kTf32:
-      return call(Tf32());
-    case Dtype::kTf32x3:
-      return call(Tf32x3());
-  }
-}
-
 }  // namespace
 
 int statistics(Dtype dtype, const StatisticsCall& call, void* stream) {

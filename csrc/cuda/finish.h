@@ -15,6 +15,13 @@ struct CombineArguments {
   int count;
 };
 
+// log(2^shift * total). The exponent of `total` meets the shift first: both are large, and their sum is exact.
+FASTCL_DEVICE float shifted_log(float total, float shift_log2) {
+  int exponent;
+  const float fraction = frexpf(total, &exponent);
+  return (log2f(fraction) + (static_cast<float>(exponent) + shift_log2)) * kLn2;
+}
+
 FASTCL_HOST_DEVICE int combine_blocks(int count) { return static_cast<int>(ceil_div(count, kThreads)); }
 
 // Adds the slots in their order. A block has kThreads rows or columns.
@@ -27,7 +34,7 @@ FASTCL_KERNEL(kThreads, 1) combine_kernel(FASTCL_PARAMETER(CombineArguments) x) 
     for (int slot = 0; slot < x.slots; ++slot) {
       value = merge(reduce, value, x.partials[partial_index(t, slot, index, x.slots, x.count)]);
     }
-    if (reduce == Reduce::kLogSumExp) value = (log2f(value) + *x.shift * kLog2E) * kLn2;
+    if (reduce == Reduce::kLogSumExp) value = shifted_log(value, multiply_rounded(*x.shift, kLog2E));
     x.statistics[static_cast<int64_t>(t) * x.count + index] = value;
   }
 }
@@ -113,7 +120,7 @@ redo_kernel(FASTCL_PARAMETER(RedoArguments) x) {
   if (!flagged) return;
   RunningSum sum = memory.sums[0][thread_index()];
   for (int w = 1; w < kWarpsAcross; ++w) sum.add(memory.sums[w][thread_index()]);
-  x.statistics[own] = (log2f(sum.total) + sum.largest) * kLn2;
+  x.statistics[own] = shifted_log(sum.total, sum.largest);
 }
 
 }  // namespace fastcl::cuda

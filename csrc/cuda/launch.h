@@ -1,11 +1,27 @@
-// Which kernels a call takes, in which order and with how many blocks. `launch(kernel, blocks, shared bytes,
-// arguments)` is CUDA's for the engine and the emulation's for the tests.
+// Which kernels there are, which a call takes, in which order and with how many blocks. `launch(kernel, blocks, shared
+// bytes, arguments)` is CUDA's for the engine and the emulation's for the tests.
 #pragma once
 
 #include "engine.h"
 #include "finish.h"
 
 namespace fastcl::cuda {
+
+// One set of kernels for each kind of product; a plan, its masks and its symmetry are arguments. bfloat16 and float16
+// are what models are trained in, tf32 is float32 under set_float32_matmul_precision("high"), tf32 x 3 under "highest".
+template <class Call>
+void for_precision(Dtype dtype, Call call) {
+  switch (dtype) {
+    case Dtype::kBFloat16:
+      return call(BFloat16());
+    case Dtype::kFloat16:
+      return call(Float16());
+    case Dtype::kTf32:
+      return call(Tf32());
+    case Dtype::kTf32x3:
+      return call(Tf32x3());
+  }
+}
 
 template <class Precision, class Launch>
 void finish_axis(const Similarity& s, bool own_is_row, const Terms& terms, int slots, const float* partials,

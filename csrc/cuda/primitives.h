@@ -79,6 +79,9 @@ FASTCL_DEVICE uint32_t pack_float16(float low, float high) {
 FASTCL_DEVICE float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
 FASTCL_DEVICE uint32_t bits_of_float(float x) { return __float_as_uint(x); }
 
+// A product on its own, never part of a fused multiply-add.
+FASTCL_DEVICE float multiply_rounded(float x, float y) { return __fmul_rn(x, y); }
+
 // 2^x, with results below the normal numbers flushed to 0.
 FASTCL_DEVICE float exp2_fast(float x) {
   float result;

@@ -23,6 +23,9 @@ struct Similarity {
   const int32_t* target;  // the column of each row's target, -1 outside of S; null where no mask looks at it
 };
 
+// c in base 2, to the bit the same wherever it is added to or taken from an exponent.
+FASTCL_DEVICE float shift_log2(const Similarity& s) { return multiply_rounded(*s.shift, kLog2E); }
+
 struct SweepArguments {
   Similarity s;
   Plan plan;
@@ -113,7 +116,7 @@ class Sweep {
     const TilePairs pairs{x_.s.shape, i0, j0, memory_.row_targets, memory_.column_targets};
     // Read here and not once: registers are dearer.
     const float scale = *x_.s.scale;
-    const float shift_log2 = *x_.s.shift * kLog2E;
+    const float shift = shift_log2(x_.s);
 #pragma unroll
     for (int u = 0; u < kOwn; ++u) {
 #pragma unroll
@@ -124,7 +127,7 @@ class Sweep {
 #pragma unroll
     for (int u = 0; u < kOwn; ++u) {
 #pragma unroll
-      for (int v = 0; v < kOwn; ++v) values.at(u, v) = exp2_fast(values.at(u, v) * kLog2E - shift_log2);
+      for (int v = 0; v < kOwn; ++v) values.at(u, v) = exp2_fast(values.at(u, v) * kLog2E - shift);
     }
     reduce_axes<Kind, Add>(Reduce::kLogSumExp, pairs, along_columns, values);
   }

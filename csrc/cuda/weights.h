@@ -51,7 +51,7 @@ template <class Precision>
 class Weights {
  public:
   FASTCL_DEVICE Weights(const WeightsArguments& x, WeightsMemory& memory)
-      : x_(x), memory_(memory), scale_log2_(*x.s.scale * kLog2E), shift_(*x.s.shift) {}
+      : x_(x), memory_(memory), scale_log2_(*x.s.scale * kLog2E), shift_log2_(shift_log2(x.s)) {}
 
   FASTCL_DEVICE void write_tile(int i0, int j0, Accumulators& values) {
     if (find_exceptions(i0, j0)) {
@@ -84,10 +84,10 @@ class Weights {
       const float lse = inside ? statistics.values[at] : -kInfinity;
       factors.incoming[t][k] = inside ? statistics.incoming[at] : 0.0f;
       if (terms.at[t].reduce != Reduce::kLogSumExp) continue;
-      const float excess = lse - shift_;
+      const float excess = lse - *x_.s.shift;
       found |= (excess < x_.flag_below && lse > -kInfinity) || excess > kLargestExcess;
       factors.lse_log2[t][k] = lse == -kInfinity ? kInfinity : lse * kLog2E;
-      factors.ratio[t][k] = exp2_fast(shift_ * kLog2E - factors.lse_log2[t][k]);
+      factors.ratio[t][k] = exp2_fast(shift_log2_ - factors.lse_log2[t][k]);
     }
     if (x_.plan.uses_target && (is_row || x_.plan.symmetric)) {
       const int opposite = is_row ? j0 : i0;
@@ -110,7 +110,7 @@ class Weights {
 #pragma unroll
         for (int v = 0; v < kOwn; ++v) {
           float& value = values.at(2 * down + k, v);
-          value = Kind::kValue ? value * scale_log2_ : exp2_fast(value * scale_log2_ - shift_ * kLog2E);
+          value = Kind::kValue ? value * scale_log2_ : exp2_fast(value * scale_log2_ - shift_log2_);
         }
       }
       for (int t = 0; t < x_.plan.rows.count; ++t) add_along_rows<Kind>(t, pairs, down, values, weights);
@@ -211,7 +211,7 @@ class Weights {
   const WeightsArguments& x_;
   WeightsMemory& memory_;
   const float scale_log2_;
-  const float shift_;
+  const float shift_log2_;
 };
 
 // A block has one tile of the panel.

@@ -1,25 +1,79 @@
-"""Backend `cuda`: CUDA C++ kernels. The place and the interface exist; the kernels don't yet.
+"""Backend `cuda`: CUDA C++ kernels for compute capability 8.0 and later, in ``csrc/cuda``.
 
-May import :mod:`fastcl.terms` only.
+Compiled and checked, not run on a GPU yet, so that no call takes it that doesn't ask for it. It is there where
+``setup.py`` built the extension ``fastcl._cuda``, which is loaded on first use.
+
+May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share. The forward's kernels are one call; the
+backward's kernel writes panels of W, which library products multiply.
 """
 
 from __future__ import annotations
 
-from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics
+import functools
+from typing import Any, NamedTuple
 
-_REASON = "the CUDA C++ kernels are not part of this version of fastcl"
+import torch
+from torch import Tensor
+
+from fastcl import tuning
+from fastcl.backends import panels
+from fastcl.backends.shift import fixed_shift, flag_threshold
+from fastcl.backends.softmax import two_sweeps
+from fastcl.terms import (
+    Axis,
+    CrossEntropy,
+    LossAndGradients,
+    Needs,
+    Operands,
+    Plan,
+    Products,
+    Reduce,
+    Statistics,
+)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LOWEST_CAPABILITY = (8, 0)
+_MOST_TERMS = 4
+_MOST_ROWS = 2**31 - 1 - 128
+_TILE = 128
+_ALIGNMENT = 16
+_REDUCE_CODES = {Reduce.LSE: 0, Reduce.SUM: 1, Reduce.MAX: 2}
+_TEST_CODES = {False: -1, None: 0, True: 1}
 
 
 def unavailable() -> str | None:
-    return _REASON
+    extension, reason = _load()
+    if extension is not None and extension.device() == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return reason
 
 
 def supports(plan: Plan, operands: Operands) -> str | None:
-    return _REASON
+    if (reason := unavailable()) is not None:
+        return reason
+    a = operands.a
+    if a.device.type != _extension().device():
+        return f"the tensors are on {a.device.type}, not on a CUDA device"
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) < _LOWEST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(a.device)} has a compute capability below 8.0"
+    if a.dtype not in _DTYPES:
+        return f"{a.dtype} is not one of float32, bfloat16, float16"
+    if 0 in (*operands.shape, a.shape[1]):
+        return "an operand is empty"
+    if max(operands.shape) > _MOST_ROWS:
+        return f"an operand has more than {_MOST_ROWS} rows"
+    if plan.symmetric and (plan.columns or operands.b is not None or operands.row0 != operands.col0):
+        return "a symmetric plan takes one operand, row terms only, and row0 == col0"
+    if not plan.names_pairs:
+        return "a mask tests label, id or above"
+    if max(len(plan.rows), len(plan.columns)) > _MOST_TERMS:
+        return f"more than {_MOST_TERMS} terms along one axis"
+    return None
 
 
 def statistics(plan: Plan, operands: Operands) -> Statistics:
-    raise NotImplementedError(_REASON)
+    _extension()
+    return Statistics(*torch.ops.fastcl_cuda.statistics(*_inputs(plan, operands).arguments(plan)))
 
 
 def gradient(
@@ -30,8 +84,109 @@ def gradient(
     needs_a: bool,
     needs_b: bool,
 ) -> Products:
-    raise NotImplementedError(_REASON)
+    _extension()
+    x = _inputs(plan, operands)
+    vectors = [v.detach().float().contiguous() for v in (*statistics, *incoming)]
+    multiplier = panels.multiplier(plan, incoming, x.a.dtype)
+    arguments = (*x.arguments(plan), *vectors, multiplier)
+    capability = torch.cuda.get_device_capability(x.a.device) if x.a.is_cuda else None
+    products = panels.products(
+        plan,
+        x.a,
+        x.b,
+        needs_a,
+        needs_b,
+        _TILE,
+        tuning.workspace_bytes(capability),
+        lambda panel, out: torch.ops.fastcl_cuda.weights(*arguments, *panel, out),
+    )
+    if multiplier is not None:
+        for product in products:
+            if product is not None:
+                product.div_(multiplier)
+    return products
 
 
 def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
-    raise NotImplementedError(_REASON)
+    return two_sweeps(statistics, gradient, plan, operands, head, needs)
+
+
+class _Inputs(NamedTuple):
+    """The operands as the kernels want them; the scale and the shift stay on the device, and nothing waits for them."""
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor
+    shift: Tensor
+    target: Tensor | None
+    self_offset: int
+    flag_below: float
+
+    def arguments(self, plan: Plan) -> tuple[Any, ...]:
+        high_precision = torch.get_float32_matmul_precision() == "highest"
+        return (*self, _term_codes(plan), plan.symmetric, high_precision)
+
+
+def _inputs(plan: Plan, operands: Operands) -> _Inputs:
+    n, m = operands.shape
+    a = _aligned(operands.a.detach())
+    scale = operands.scale.detach().float()
+    target = operands.target if plan.tests("target") else None
+    return _Inputs(
+        a=a,
+        b=a if operands.b is None else _aligned(operands.b.detach()),
+        scale=scale,
+        # a negative shift would only cost accuracy: nothing underflows without one
+        shift=fixed_shift(operands, scale).clamp_min(0.0),
+        target=None if target is None else _local_columns(target - operands.col0, m),
+        # beyond [-n, m] no pair of this S is a self pair, and so it stays when clamped
+        self_offset=max(-n, min(operands.row0 - operands.col0, m)),
+        flag_below=flag_threshold(operands),
+    )
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Rows that begin at multiples of 16 bytes, as asynchronous copies need them: x itself, or a copy."""
+    pitch = x.stride(0) * x.element_size()
+    if x.stride(1) == 1 and pitch % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0:
+        return x
+    multiple = _ALIGNMENT // x.element_size()
+    rows, depth = x.shape
+    return x.new_empty(rows, -(-depth // multiple) * multiple)[:, :depth].copy_(x)
+
+
+def _local_columns(target: Tensor, m: int) -> Tensor:
+    """Targets as 32-bit columns of this S, -1 for those outside."""
+    return torch.where((target >= 0) & (target < m), target, -1).to(torch.int32)
+
+
+@functools.lru_cache(maxsize=256)
+def _term_codes(plan: Plan) -> Tensor:
+    """The plan's terms as int64 [T, 4]: reduce, axis, self test, target test."""
+    codes = [
+        (
+            _REDUCE_CODES[term.reduce],
+            int(term.axis is Axis.COLUMN),
+            _TEST_CODES[term.mask.self_pair],
+            _TEST_CODES[term.mask.target],
+        )
+        for term in plan.terms
+    ]
+    return torch.tensor(codes, dtype=torch.int64).reshape(-1, 4)
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> tuple[Any, str | None]:
+    """The extension or None, and the reason why it could not be loaded or None."""
+    try:
+        from fastcl import _cuda
+    except ImportError as error:
+        return None, f"the CUDA extension is not built or can't be loaded ({error})"
+    return _cuda, None
+
+
+def _extension() -> Any:
+    extension, reason = _load()
+    if extension is None:
+        raise RuntimeError(reason)
+    return extension

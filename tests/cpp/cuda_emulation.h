@@ -354,6 +354,8 @@ inline uint32_t pack_float16(float low, float high) {
   return emulation::float_to_half(low) | static_cast<uint32_t>(emulation::float_to_half(high)) << 16;
 }
 
+inline float multiply_rounded(float x, float y) { return x * y; }
+
 inline float exp2_fast(float x) {
   const float result = std::exp2(x);
   return result < 0x1p-126f ? 0.0f : result;

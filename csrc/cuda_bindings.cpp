@@ -1,0 +1,224 @@
+// The CUDA engine's only file that knows Torch: the operators of fastcl_cuda, through PyTorch's stable ABI, and the
+// module fastcl._cuda whose import registers them.
+//
+// The tests build this file with an emulated engine, whose device is the CPU, by defining FASTCL_CUDA_EMULATED.
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda/engine.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+namespace cuda = fastcl::cuda;
+
+#if defined(FASTCL_CUDA_EMULATED)
+#define FASTCL_DISPATCH_KEY CPU
+constexpr char kDevice[] = "cpu";
+
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+#else
+#define FASTCL_DISPATCH_KEY CUDA
+constexpr char kDevice[] = "cuda";
+
+// Makes a tensor's device the current one, and knows its current stream.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
+
+  void* stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return stream;
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+#endif
+
+void check(int error) { STD_TORCH_CHECK(error == 0, "a kernel of fastcl could not be launched: CUDA error ", error); }
+
+int element_bytes(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float ? 4 : 2; }
+
+cuda::Dtype dtype(const Tensor& tensor, bool high_precision) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16:
+      return cuda::Dtype::kBFloat16;
+    case ScalarType::Half:
+      return cuda::Dtype::kFloat16;
+    case ScalarType::Float:
+      return high_precision ? cuda::Dtype::kTf32x3 : cuda::Dtype::kTf32;
+    default:
+      STD_TORCH_CHECK(false, "a must be float32, bfloat16 or float16");
+  }
+}
+
+cuda::Vectors vectors(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) > 0 && tensor.size(1) > 0, name, " must be a matrix");
+  const int64_t pitch = tensor.stride(0) * element_bytes(tensor);
+  const auto* data = static_cast<const unsigned char*>(tensor.const_data_ptr());
+  STD_TORCH_CHECK(tensor.stride(1) == 1 && pitch % cuda::kChunkBytes == 0 &&
+                      reinterpret_cast<uintptr_t>(data) % cuda::kChunkBytes == 0,
+                  name, " must have rows of its elements side by side, each aligned to 16 bytes");
+  STD_TORCH_CHECK(tensor.size(0) <= cuda::kMostRows, name, " has too many rows");
+  return {data, pitch, static_cast<int>(tensor.size(0))};
+}
+
+const float* numbers(const Tensor& tensor, int64_t size, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == size, name,
+                  " must be contiguous float32 numbers, ", size, " of them");
+  return tensor.const_data_ptr<float>();
+}
+
+cuda::Similarity similarity(const Tensor& a, const std::optional<Tensor>& b, const Tensor& scale, const Tensor& shift,
+                            const std::optional<Tensor>& target, int64_t self_offset) {
+  const Tensor& keys = b.has_value() ? *b : a;
+  STD_TORCH_CHECK(a.scalar_type() == keys.scalar_type(), "a and b must have one dtype");
+  STD_TORCH_CHECK(a.size(1) == keys.size(1), "a and b must have rows of one length");
+  cuda::Similarity s{};
+  s.operands = {vectors(a, "a"), vectors(keys, "b"), static_cast<int>(a.size(1) * element_bytes(a))};
+  s.shape = {s.operands.a.count, s.operands.b.count, static_cast<int>(self_offset)};
+  s.scale = numbers(scale, 1, "scale");
+  s.shift = numbers(shift, 1, "shift");
+  if (target.has_value()) {
+    STD_TORCH_CHECK(
+        target->scalar_type() == ScalarType::Int && target->is_contiguous() && target->numel() == s.shape.rows,
+        "target must be contiguous int32, one for each row of a");
+    s.target = target->const_data_ptr<int32_t>();
+  }
+  return s;
+}
+
+// `terms` is int64 [T, 4]: reduce, axis (0 row, 1 column), self test, target test; see fastcl/backends/cuda.py.
+cuda::Plan make_plan(const Tensor& terms, bool symmetric, bool has_target) {
+  STD_TORCH_CHECK(terms.dim() == 2 && terms.size(1) == 4 && terms.is_contiguous() && terms.is_cpu(),
+                  "terms must be [T, 4], on the CPU");
+  cuda::Terms rows{}, columns{};
+  const int64_t* codes = terms.const_data_ptr<int64_t>();
+  for (int64_t t = 0; t < terms.size(0); ++t, codes += 4) {
+    cuda::Terms& axis = codes[1] == 0 ? rows : columns;
+    STD_TORCH_CHECK(axis.count < cuda::kMostTerms, "at most ", cuda::kMostTerms, " terms along an axis");
+    axis.at[axis.count++] = {static_cast<fastcl::Reduce>(codes[0]), static_cast<fastcl::Test>(codes[2]),
+                             static_cast<fastcl::Test>(codes[3])};
+  }
+  STD_TORCH_CHECK(!symmetric || columns.count == 0, "a symmetric plan has row terms only");
+  const cuda::Plan plan = cuda::make_plan(rows, columns, symmetric);
+  STD_TORCH_CHECK(!plan.uses_target || has_target, "the plan needs a target");
+  return plan;
+}
+
+Tensor new_float(const Tensor& like, int64_t size) {
+  return torch::stable::new_empty(like, {&size, 1}, ScalarType::Float);
+}
+
+Tensor new_float(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns};
+  return torch::stable::new_empty(like, {sizes, 2}, ScalarType::Float);
+}
+
+std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift,
+                                      std::optional<Tensor> target, int64_t self_offset, double flag_below,
+                                      Tensor terms, bool symmetric, bool high_precision) {
+  const OnDevice device(a);
+  cuda::StatisticsCall call{};
+  call.s = similarity(a, b, scale, shift, target, self_offset);
+  call.plan = make_plan(terms, symmetric, target.has_value());
+  call.flag_below = static_cast<float>(flag_below);
+  const int64_t n = call.s.shape.rows;
+  const int64_t m = call.s.shape.columns;
+  const cuda::Workspace sizes = cuda::workspace(call.plan, n, m, cuda::kMostSuperTiles);
+  Tensor row_partials = new_float(a, sizes.row_partials);
+  Tensor column_partials = new_float(a, sizes.column_partials);
+  Tensor rows = new_float(a, call.plan.rows.count, n);
+  Tensor columns = new_float(a, symmetric ? 0 : call.plan.columns.count, m);
+  call.row_partials = row_partials.mutable_data_ptr<float>();
+  call.column_partials = column_partials.mutable_data_ptr<float>();
+  call.rows = rows.mutable_data_ptr<float>();
+  call.columns = columns.mutable_data_ptr<float>();
+  check(cuda::statistics(dtype(a, high_precision), call, device.stream()));
+  return {rows, columns};
+}
+
+// W[row_begin:row_end, column_begin:column_end] into `out`, whose size is a whole number of tiles.
+void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std::optional<Tensor> target,
+             int64_t self_offset, double flag_below, Tensor terms, bool symmetric, bool high_precision, Tensor rows,
+             Tensor columns, Tensor grad_rows, Tensor grad_columns, std::optional<Tensor> multiplier, int64_t row_begin,
+             int64_t row_end, int64_t column_begin, int64_t column_end, bool mirror, Tensor out) {
+  const OnDevice device(a);
+  cuda::WeightsArguments call{};
+  call.s = similarity(a, b, scale, shift, target, self_offset);
+  call.plan = make_plan(terms, symmetric, target.has_value());
+  call.flag_below = static_cast<float>(flag_below);
+  const int64_t n = call.s.shape.rows;
+  const int64_t m = call.s.shape.columns;
+  const int64_t of_rows = call.plan.rows.count * n;
+  const int64_t of_columns = symmetric ? 0 : call.plan.columns.count * m;
+  call.rows = {numbers(rows, of_rows, "rows"), numbers(grad_rows, of_rows, "grad_rows")};
+  call.columns = {numbers(columns, of_columns, "columns"), numbers(grad_columns, of_columns, "grad_columns")};
+  if (symmetric) call.columns = call.rows;
+  if (multiplier.has_value()) call.multiplier = numbers(*multiplier, 1, "multiplier");
+  STD_TORCH_CHECK(0 <= row_begin && row_begin < row_end && row_end <= n && 0 <= column_begin &&
+                      column_begin < column_end && column_end <= m,
+                  "the panel lies outside of S");
+  STD_TORCH_CHECK(!mirror || (symmetric && row_begin == column_begin && row_end == column_end),
+                  "a mirrored panel lies on the diagonal of a symmetric plan");
+  call.panel = {static_cast<int>(row_begin), static_cast<int>(row_end), static_cast<int>(column_begin),
+                static_cast<int>(column_end), mirror};
+  const cuda::Vectors panel = vectors(out, "out");
+  const auto whole = [](int64_t count) { return cuda::ceil_div(count, cuda::kTile) * cuda::kTile; };
+  STD_TORCH_CHECK(out.scalar_type() == a.scalar_type() && out.size(0) >= whole(row_end - row_begin) &&
+                      out.size(1) >= whole(column_end - column_begin),
+                  "out must have a's dtype and room for whole tiles");
+  call.out = static_cast<unsigned char*>(out.mutable_data_ptr());
+  call.out_pitch = panel.pitch;
+  check(cuda::weights(dtype(a, high_precision), call, device.stream()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastcl_cuda, m) {
+  m.def(
+      "statistics(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, int self_offset, float flag_below, "
+      "Tensor terms, bool symmetric, bool high_precision) -> (Tensor, Tensor)");
+  m.def(
+      "weights(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, int self_offset, float flag_below, "
+      "Tensor terms, bool symmetric, bool high_precision, Tensor rows, Tensor columns, Tensor grad_rows, "
+      "Tensor grad_columns, Tensor? multiplier, int row_begin, int row_end, int column_begin, int column_end, "
+      "bool mirror, Tensor(a!) out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastcl_cuda, FASTCL_DISPATCH_KEY, m) {
+  m.impl("statistics", TORCH_BOX(&statistics));
+  m.impl("weights", TORCH_BOX(&weights));
+}
+
+namespace {
+
+PyObject* device(PyObject*, PyObject*) { return PyUnicode_FromString(kDevice); }
+
+PyMethodDef methods[] = {
+    {"device", device, METH_NOARGS, "The type of the device that the operators run on."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_cuda", "fastcl's CUDA engine.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cuda(void) { return PyModule_Create(&module); }

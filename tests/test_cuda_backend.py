@@ -1,0 +1,185 @@
+"""The backend `cuda` from the public call down to its kernels, which an emulation runs on the CPU.
+
+The extension is built as for a GPU, but for the engine, whose kernels' source runs on the CPU (tests/cpp), and for the
+type of its device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastcl
+from fastcl import engine, tuning
+from fastcl.backends import cuda, dense, panels
+from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Statistics, Term
+from tests.cases import LOSSES, Loss, relative_error
+from tests.test_correctness import check_against_float64
+
+ROOT = Path(__file__).parents[1]
+INCLUDES = (ROOT / "tests" / "cpp", Path(torch.__file__).parent / "include", Path(sysconfig.get_path("include")))
+NOT_SELF, NEITHER = Mask(self_pair=False), Mask(self_pair=False, target=False)
+SYMMETRIC = Plan((Term(Reduce.LSE, NEITHER), Term(Reduce.SUM, Mask(target=True)), Term(Reduce.MAX)), symmetric=True)
+BOTH_AXES = Plan(
+    (
+        Term(Reduce.LSE, NEITHER),
+        Term(Reduce.LSE, NOT_SELF, Axis.COLUMN),
+        Term(Reduce.SUM, Mask(target=True), Axis.COLUMN),
+        Term(Reduce.MAX, NOT_SELF),
+    )
+)
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to build the emulated engine with"),
+    pytest.mark.skipif(not (INCLUDES[2] / "Python.h").is_file(), reason="there is no Python.h"),
+    pytest.mark.usefixtures("emulated", "poisoned_memory"),
+]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The emulated extension in the place of ``fastcl._cuda``."""
+    library = tmp_path_factory.mktemp("cuda") / "_cuda.so"
+    sources = (ROOT / "csrc" / "cuda_bindings.cpp", ROOT / "tests" / "cpp" / "cuda_engine_emulated.cpp")
+    flags = (
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-Wno-unknown-pragmas",
+        "-DTORCH_TARGET_VERSION=0x020B000000000000",
+    )
+    link = (f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
+    command = (
+        "g++",
+        *flags,
+        "-DFASTCL_CUDA_EMULATED",
+        *(f"-I{path}" for path in INCLUDES),
+        *sources,
+        *link,
+        "-o",
+        library,
+    )
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spec = importlib.util.spec_from_file_location("fastcl._cuda", library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules.pop("fastcl._cuda", None)  # where a module in C of this kind puts itself
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "fastcl._cuda", module)
+        patch.setattr(fastcl, "_cuda", module, raising=False)
+        cuda._load.cache_clear()
+        yield
+    cuda._load.cache_clear()
+
+
+def make(plan: Plan, n: int, m: int, dim: int, dtype: torch.dtype, scale: float) -> Operands:
+    def unit(count: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(count, dim), dim=1).to(dtype)
+
+    b = None if plan.symmetric else unit(m)
+    return Operands(unit(n), b, torch.tensor(scale), torch.randint(-2, m + 2, (n,)), 1.0)
+
+
+def check_gradient(plan: Plan, operands: Operands, tolerance: float) -> None:
+    exact = replace(operands, a=operands.a.double(), b=None if operands.b is None else operands.b.double())
+    exact = replace(exact, scale=operands.scale.double())
+    want = dense.statistics(plan, exact)
+    got = cuda.statistics(plan, operands)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-4)
+    incoming = Statistics(*(torch.randn_like(values) / max(1, values.shape[-1]) for values in got))
+    needs_b = not plan.symmetric
+    wanted = dense.gradient(plan, exact, want, Statistics(*(x.double() for x in incoming)), True, needs_b)
+    for x, y in zip(cuda.gradient(plan, operands, got, incoming, True, needs_b), wanted, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or relative_error(x, y) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("shape", [(33, 17), (75, 33)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_agrees_with_float64(loss: Loss, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    check_against_float64(loss, *shape, dtype, "cuda")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+@pytest.mark.parametrize("plan", [SYMMETRIC, BOTH_AXES], ids=["symmetric", "both-axes"])
+def test_several_panels(plan: Plan, dtype: torch.dtype, tolerance: float) -> None:
+    """Of one tile each, the last ones ragged."""
+    operands = make(plan, 300, 300 if plan.symmetric else 190, 20, dtype, 12.0)
+    with tuning.override(workspace_bytes=128 * 128 * operands.a.element_size()):
+        check_gradient(plan, operands, tolerance)
+
+
+def test_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_float32_matmul_precision()
+    operands = make(BOTH_AXES, 60, 70, 24, torch.float32, 1.0)
+    errors = []
+    want = dense.statistics(BOTH_AXES, replace(operands, a=operands.a.double(), b=operands.b.double()))
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        got = cuda.statistics(BOTH_AXES, operands)
+        errors.append(max(float((x - y).abs().max()) for x, y in zip(got, want, strict=True)))
+    torch.set_float32_matmul_precision(before)
+    assert errors[0] < 1e-5 < errors[1] < 2e-3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.repeat(2, 2)[: len(x), : x.shape[1]],
+        lambda x: x.t().contiguous().t(),
+        lambda x: x.view(-1)[1:-19].view(-1, 20),
+    ],
+    ids=["pitch", "transposed", "unaligned"],
+)
+def test_rows_that_copies_cannot_read(change, monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = make(BOTH_AXES, 40, 50, 20, torch.bfloat16, 10.0)
+    a = change(operands.a)
+    check_gradient(BOTH_AXES, replace(operands, a=a, target=operands.target[: len(a)]), 4e-3)
+
+
+def test_row_and_column_offsets() -> None:
+    operands = replace(make(BOTH_AXES, 140, 150, 16, torch.float32, 10.0), row0=1000, col0=990)
+    check_gradient(BOTH_AXES, replace(operands, target=operands.target + 990), 1e-5)
+
+
+def test_what_it_refuses() -> None:
+    operands = make(BOTH_AXES, 8, 9, 4, torch.float32, 1.0)
+    assert cuda.supports(BOTH_AXES, operands) is None
+    assert "float64" in cuda.supports(BOTH_AXES, replace(operands, a=operands.a.double()))
+    assert "label" in cuda.supports(Plan((Term(Reduce.LSE, Mask(label=False)),)), operands)
+    assert "more than 4 terms" in cuda.supports(Plan((Term(Reduce.LSE),) * 5), operands)
+    assert "empty" in cuda.supports(BOTH_AXES, replace(operands, a=operands.a[:0]))
+    assert "symmetric" in cuda.supports(SYMMETRIC, operands)
+    assert "meta" in cuda.supports(BOTH_AXES, replace(operands, a=operands.a.to("meta")))
+
+
+def test_only_on_request() -> None:
+    operands = make(SYMMETRIC, 8, 8, 4, torch.float32, 1.0)
+    assert engine.select(SYMMETRIC, operands) != "cuda"
+    assert engine.select(SYMMETRIC, operands, "cuda") == "cuda"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_panels_cover_w_once(symmetric: bool) -> None:
+    for n, m, height, width in ((1, 1, 128, 128), (300, 300, 128, 256), (513, 513, 256, 128), (700, 700, 256, 1024)):
+        covered = torch.zeros(n, m, dtype=torch.int64)
+        for panel in panels._panels(n, m, height, width, symmetric):
+            assert panel.shape[0] <= height
+            assert panel.mirror or panel.shape[1] <= width
+            covered[panel.rows, panel.columns] += 1
+            if symmetric and not panel.mirror:
+                covered[panel.columns, panel.rows] += 1
+        assert covered.eq(1).all()
