@@ -1,15 +1,21 @@
-"""Builds the C++ CPU engine as ``fastcl._C`` where a compiler and torch's headers are found; else the package is pure.
+"""Builds the engines in C++ where a compiler and torch's headers are found; else the package is pure.
 
-FASTCL_BUILD=0 leaves the extension out, FASTCL_BUILD=1 makes a failure to build it fatal. FASTCL_TORCH is the directory
+FASTCL_BUILD=0 leaves extensions out, FASTCL_BUILD=1 makes a failure to build it fatal. FASTCL_TORCH is the directory
 of the torch package whose headers are used; by default torch is looked for in this environment, then in the one that
 runs pip, since an isolated build environment has none. Nothing of torch is installed or changed: its headers are read,
 and the extension names libtorch_cpu.so as a dependency, which `import torch` has always loaded before. It loads with
-any torch from 2.11 on.
+any torch from 2.11 on. All of this holds for both: ``fastcl._C`` for the CPU, and ``fastcl._cuda``.
+
+The latter is built where there is nvcc and torch is a CUDA build. FASTCL_CUDA=0 leaves it out, FASTCL_CUDA=1 builds
+it with any torch and makes a failure fatal. Architectures are those of TORCH_CUDA_ARCH_LIST from 8.0 up, else those of
+the devices present, else 8.0 with code that later ones can use.
 """
 
 import importlib.util
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -61,15 +67,80 @@ def level_sources():
     return [name for name, flags in LEVEL_FLAGS.items() if is_x86 or not flags]
 
 
+def toolkit():
+    """The CUDA toolkit's directory, or None."""
+    if "CUDA_HOME" in os.environ:
+        return Path(os.environ["CUDA_HOME"])
+    if shutil.which("nvcc") is None:
+        return None
+    # nvcc may be a script that starts the toolkit's.
+    told = subprocess.run(
+        ["nvcc", "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False
+    )
+    top = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE)
+    return Path(top.group(1)).resolve() if top else None
+
+
+def builds_cuda():
+    wanted = os.environ.get("FASTCL_CUDA")
+    if wanted is not None or os.environ.get("FASTCL_BUILD") == "0":
+        return wanted == "1"
+    return toolkit() is not None and any((torch / "lib" / "libtorch_cuda.so").is_file() for torch in torch_candidates())
+
+
+def architecture_flags():
+    """nvcc's flags for the architectures to build for."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if not listed and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        listed = sorted(set(subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()))
+    flags = []
+    for name in listed or ["8.0+PTX"]:
+        version = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if version is None:
+            raise CompileError(f"TORCH_CUDA_ARCH_LIST has {name!r}, expected versions as in '8.0;9.0+PTX'")
+        if int(version[1]) < 8:
+            continue
+        number = version[1] + version[2] + version[3]
+        flags += [f"-gencode=arch=compute_{number},code=sm_{number}"]
+        if version[4]:
+            flags += [f"-gencode=arch=compute_{number},code=compute_{number}"]
+    if not flags:
+        raise CompileError(f"the CUDA engine needs an architecture from 8.0 up, got {' '.join(listed)}")
+    return flags
+
+
 class BuildEngine(build_ext):
     """Per-file flags and parallel compilation. Errors of an optional extension become warnings in setuptools."""
+
+    def build_extensions(self):
+        # nvcc works beside the host compiler.
+        with ThreadPoolExecutor(1) as pool:
+            self.kernels = pool.submit(self._compile_kernels) if CUDA_ENGINE in self.extensions else None
+            super().build_extensions()
 
     def build_extension(self, ext):
         torch = torch_package()
         ext.include_dirs.append(str(torch / "include"))
         ext.library_dirs.append(str(torch / "lib"))
+        if ext is CUDA_ENGINE:
+            ext.extra_objects.append(self.kernels.result())
+            home = toolkit()
+            ext.include_dirs.append(str(next(home.glob("targets/*/include"), home / "include")))
+            ext.library_dirs += [str(path) for path in (*home.glob("targets/*/lib"), home / "lib64") if path.is_dir()]
         self._compile_in_parallel()
         super().build_extension(ext)
+
+    def _compile_kernels(self):
+        """The object file of all CUDA kernels."""
+        home = toolkit()
+        if home is None:
+            raise CompileError("no CUDA toolkit was found (CUDA_HOME may name it)")
+        built = Path(self.build_temp, "csrc", "cuda", "engine.o")
+        built.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architecture_flags()]
+        self.spawn([str(home / "bin" / "nvcc"), *flags, "-c", "csrc/cuda/engine.cu", "-o", str(built)])
+        return str(built)
 
     def _compile_in_parallel(self):
         compiler = self.compiler
@@ -112,8 +183,25 @@ ENGINE = Extension(
     optional=os.environ.get("FASTCL_BUILD") != "1",
 )
 
+CUDA_ENGINE = Extension(
+    "fastcl._cuda",
+    sources=["csrc/cuda_bindings.cpp"],
+    depends=["setup.py", *map(str, sorted(Path("csrc").rglob("*.[hc]*")))],
+    define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET)],
+    extra_compile_args=[*COMMON_FLAGS, "-Wno-unknown-pragmas"],
+    libraries=["torch_cpu", "cudart_static", "dl", "pthread", "rt"],
+    language="c++",
+    py_limited_api=True,
+    optional=os.environ.get("FASTCL_CUDA") != "1",
+)
+
+
+EXTENSIONS = [ENGINE] if os.environ.get("FASTCL_BUILD") != "0" else []
+if builds_cuda():
+    EXTENSIONS.append(CUDA_ENGINE)
+
 setup(
-    ext_modules=[] if os.environ.get("FASTCL_BUILD") == "0" else [ENGINE],
+    ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BuildEngine},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,10 +1,12 @@
 // The CUDA engine's only file that knows Torch: the operators of fastcl_cuda, through PyTorch's stable ABI, and the
 // module fastcl._cuda whose import registers them.
 //
+// The operators run on the current device, in the stream that is handed in as an address: torch's own functions for
+// both are not in every build of torch that this links with.
+//
 // The tests build this file with an emulated engine, whose device is the CPU, by defining FASTCL_CUDA_EMULATED.
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,30 +27,9 @@ namespace cuda = fastcl::cuda;
 #if defined(FASTCL_CUDA_EMULATED)
 #define FASTCL_DISPATCH_KEY CPU
 constexpr char kDevice[] = "cpu";
-
-struct OnDevice {
-  explicit OnDevice(const Tensor&) {}
-  void* stream() const { return nullptr; }
-};
 #else
 #define FASTCL_DISPATCH_KEY CUDA
 constexpr char kDevice[] = "cuda";
-
-// Makes a tensor's device the current one, and knows its current stream.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& tensor) : index_(tensor.get_device_index()), guard_(index_) {}
-
-  void* stream() const {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
-    return stream;
-  }
-
- private:
-  int32_t index_;
-  torch::stable::accelerator::DeviceGuard guard_;
-};
 #endif
 
 void check(int error) { STD_TORCH_CHECK(error == 0, "a kernel of fastcl could not be launched: CUDA error ", error); }
@@ -133,8 +114,7 @@ Tensor new_float(const Tensor& like, int64_t rows, int64_t columns) {
 
 std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift,
                                       std::optional<Tensor> target, int64_t self_offset, double flag_below,
-                                      Tensor terms, bool symmetric, bool high_precision) {
-  const OnDevice device(a);
+                                      Tensor terms, bool symmetric, bool high_precision, int64_t stream) {
   cuda::StatisticsCall call{};
   call.s = similarity(a, b, scale, shift, target, self_offset);
   call.plan = make_plan(terms, symmetric, target.has_value());
@@ -150,7 +130,7 @@ std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, Tensor 
   call.column_partials = column_partials.mutable_data_ptr<float>();
   call.rows = rows.mutable_data_ptr<float>();
   call.columns = columns.mutable_data_ptr<float>();
-  check(cuda::statistics(dtype(a, high_precision), call, device.stream()));
+  check(cuda::statistics(dtype(a, high_precision), call, reinterpret_cast<void*>(stream)));
   return {rows, columns};
 }
 
@@ -158,8 +138,7 @@ std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, Tensor 
 void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std::optional<Tensor> target,
              int64_t self_offset, double flag_below, Tensor terms, bool symmetric, bool high_precision, Tensor rows,
              Tensor columns, Tensor grad_rows, Tensor grad_columns, std::optional<Tensor> multiplier, int64_t row_begin,
-             int64_t row_end, int64_t column_begin, int64_t column_end, bool mirror, Tensor out) {
-  const OnDevice device(a);
+             int64_t row_end, int64_t column_begin, int64_t column_end, bool mirror, Tensor out, int64_t stream) {
   cuda::WeightsArguments call{};
   call.s = similarity(a, b, scale, shift, target, self_offset);
   call.plan = make_plan(terms, symmetric, target.has_value());
@@ -186,7 +165,7 @@ void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std:
                   "out must have a's dtype and room for whole tiles");
   call.out = static_cast<unsigned char*>(out.mutable_data_ptr());
   call.out_pitch = panel.pitch;
-  check(cuda::weights(dtype(a, high_precision), call, device.stream()));
+  check(cuda::weights(dtype(a, high_precision), call, reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace
@@ -194,12 +173,12 @@ void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std:
 STABLE_TORCH_LIBRARY(fastcl_cuda, m) {
   m.def(
       "statistics(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, int self_offset, float flag_below, "
-      "Tensor terms, bool symmetric, bool high_precision) -> (Tensor, Tensor)");
+      "Tensor terms, bool symmetric, bool high_precision, int stream) -> (Tensor, Tensor)");
   m.def(
       "weights(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, int self_offset, float flag_below, "
       "Tensor terms, bool symmetric, bool high_precision, Tensor rows, Tensor columns, Tensor grad_rows, "
       "Tensor grad_columns, Tensor? multiplier, int row_begin, int row_end, int column_begin, int column_end, "
-      "bool mirror, Tensor(a!) out) -> ()");
+      "bool mirror, Tensor(a!) out, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcl_cuda, FASTCL_DISPATCH_KEY, m) {

@@ -6,16 +6,20 @@ ldmatrix, and the products must be those of the tensor cores in each kernel's pr
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "90a")
@@ -131,6 +135,23 @@ def test_blocks_on_an_sm(tmp_path: Path, kernels: Callable[[str], list[Kernel]],
         record_property(f"{kernel.name} {kernel.precision} sm_{capability}", (kernel.registers, shared, blocks))
         if kernel.name != "combine":
             assert blocks == (1 if capability == 89 else BLOCKS.get((kernel.name, kernel.precision), 2)), kernel[:4]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to build the bindings with")
+def test_the_extension_builds_and_loads(tmp_path: Path) -> None:
+    """With any torch, whose device it then misses."""
+    for name in ("csrc", "fastcl"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    environment = os.environ | {"FASTCL_BUILD": "0", "FASTCL_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"}
+    environment["PYTHONPATH"] = str(tmp_path)
+    run = partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    built = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"])
+    assert built.returncode == 0, built.stdout + built.stderr
+    loaded = run([sys.executable, "-c", "from fastcl.backends import cuda; print(cuda.unavailable())"])
+    assert loaded.stdout.strip() == ("None" if torch.cuda.is_available() else "there is no CUDA device"), loaded.stderr
 
 
 def _dry_run() -> str:

@@ -3,7 +3,7 @@
 // fastcl/terms.py, that of a term in pair_terms.h.
 #pragma once
 
-#include "weights.h"
+#include "problem.h"
 
 namespace fastcl::cuda {
 

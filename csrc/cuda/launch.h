@@ -4,6 +4,7 @@
 
 #include "engine.h"
 #include "finish.h"
+#include "weights.h"
 
 namespace fastcl::cuda {
 

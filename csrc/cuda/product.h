@@ -3,23 +3,10 @@
 // reduced.
 #pragma once
 
-#include "order.h"
 #include "precision.h"
+#include "problem.h"
 
 namespace fastcl::cuda {
-
-// Rows in memory; their pitch and the address of the first are multiples of 16 bytes.
-struct Vectors {
-  const unsigned char* data;
-  int64_t pitch;  // bytes from row to row
-  int count;
-};
-
-struct Operands {
-  Vectors a;
-  Vectors b;
-  int depth_bytes;
-};
 
 // What a thread holds of a tile: the number at its u-th row and v-th column.
 struct Accumulators {
@@ -28,11 +15,6 @@ struct Accumulators {
   FASTCL_DEVICE float& at(int u, int v) { return products[u / 2][v / 2][u % 2 * 2 + v % 2]; }
   FASTCL_DEVICE float at(int u, int v) const { return products[u / 2][v / 2][u % 2 * 2 + v % 2]; }
 };
-
-// The address of a row; an index over the edge repeats the last one instead of needing a mask.
-FASTCL_HOST_DEVICE const unsigned char* row_address(const Vectors& x, int row) {
-  return x.data + static_cast<int64_t>(smaller(row, x.count - 1)) * x.pitch;
-}
 
 // This thread's share of the copies from memory into stages.
 template <class Walk>

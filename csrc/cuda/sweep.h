@@ -7,21 +7,11 @@
 #pragma once
 
 #include "reduce.h"
-#include "terms.h"
 
 namespace fastcl::cuda {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.693147180559945309417f;
-
-// S = scale * A @ B.T, and what exponentials and masks need to know of it.
-struct Similarity {
-  Operands operands;
-  Shape shape;
-  const float* scale;     // on the device, as is
-  const float* shift;     // c in exp(S - c)
-  const int32_t* target;  // the column of each row's target, -1 outside of S; null where no mask looks at it
-};
 
 // c in base 2, to the bit the same wherever it is added to or taken from an exponent.
 FASTCL_DEVICE float shift_log2(const Similarity& s) { return multiply_rounded(*s.shift, kLog2E); }

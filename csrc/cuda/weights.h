@@ -14,24 +14,6 @@ namespace fastcl::cuda {
 // exp(c - L) would lose precision beyond; only statistics merged from other shards come near.
 constexpr float kLargestExcess = 80.0f;
 
-// What the terms along one axis came to, and the loss's gradients with respect to that, both [terms, count].
-struct Statistics {
-  const float* values;
-  const float* incoming;
-};
-
-struct WeightsArguments {
-  Similarity s;
-  Plan plan;
-  Statistics rows;
-  Statistics columns;
-  float flag_below;
-  const float* multiplier;  // of W, on the device; null for 1
-  Panel panel;
-  unsigned char* out;  // whole tiles, so that no store needs a mask
-  int64_t out_pitch;   // bytes from row to row, a multiple of 16
-};
-
 // What the terms of an axis need at each of a tile's rows or columns.
 struct AxisFactors {
   float lse_log2[kMostTerms][kTile];  // +inf in place of an empty row's -inf, so that its slopes come out as 0

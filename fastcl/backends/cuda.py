@@ -72,8 +72,8 @@ def supports(plan: Plan, operands: Operands) -> str | None:
 
 
 def statistics(plan: Plan, operands: Operands) -> Statistics:
-    _extension()
-    return Statistics(*torch.ops.fastcl_cuda.statistics(*_inputs(plan, operands).arguments(plan)))
+    x = _inputs(plan, operands)
+    return Statistics(*_run("statistics", x.a.device, *x.arguments(plan)))
 
 
 def gradient(
@@ -84,7 +84,6 @@ def gradient(
     needs_a: bool,
     needs_b: bool,
 ) -> Products:
-    _extension()
     x = _inputs(plan, operands)
     vectors = [v.detach().float().contiguous() for v in (*statistics, *incoming)]
     multiplier = panels.multiplier(plan, incoming, x.a.dtype)
@@ -98,7 +97,7 @@ def gradient(
         needs_b,
         _TILE,
         tuning.workspace_bytes(capability),
-        lambda panel, out: torch.ops.fastcl_cuda.weights(*arguments, *panel, out),
+        lambda panel, out: _run("weights", x.a.device, *arguments, *panel, out),
     )
     if multiplier is not None:
         for product in products:
@@ -158,6 +157,16 @@ def _aligned(x: Tensor) -> Tensor:
 def _local_columns(target: Tensor, m: int) -> Tensor:
     """Targets as 32-bit columns of this S, -1 for those outside."""
     return torch.where((target >= 0) & (target < m), target, -1).to(torch.int32)
+
+
+def _run(name: str, device: torch.device, *arguments: Any) -> Any:
+    """Calls an operator on the operands' device and in its current stream."""
+    _extension()
+    operator = getattr(torch.ops.fastcl_cuda, name)
+    if device.type != "cuda":
+        return operator(*arguments, 0)
+    with torch.cuda.device(device):
+        return operator(*arguments, torch.cuda.current_stream().cuda_stream)
 
 
 @functools.lru_cache(maxsize=256)

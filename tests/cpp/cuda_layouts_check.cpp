@@ -1,5 +1,6 @@
 // What csrc/cuda decides on the host or by arithmetic alone, exhaustively for small sizes and at the largest ones:
 // layouts, fragment maps, the order of tiles, slots, sizes, 64-bit addresses. Exits with 1 where one is wrong.
+#include <algorithm>
 #include <cstdio>
 #include <map>
 #include <set>

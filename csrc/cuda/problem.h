@@ -1,0 +1,54 @@
+// What a call of the engine is about, on raw pointers to device memory.
+#pragma once
+
+#include "order.h"
+#include "terms.h"
+
+namespace fastcl::cuda {
+
+// Rows in memory; their pitch and the address of the first are multiples of 16 bytes.
+struct Vectors {
+  const unsigned char* data;
+  int64_t pitch;  // bytes from row to row
+  int count;
+};
+
+struct Operands {
+  Vectors a;
+  Vectors b;
+  int depth_bytes;
+};
+
+// The address of a row; an index over the edge repeats the last one instead of needing a mask.
+FASTCL_HOST_DEVICE const unsigned char* row_address(const Vectors& x, int row) {
+  return x.data + static_cast<int64_t>(smaller(row, x.count - 1)) * x.pitch;
+}
+
+// S = scale * A @ B.T, and what exponentials and masks need to know of it.
+struct Similarity {
+  Operands operands;
+  Shape shape;
+  const float* scale;     // on the device, as is
+  const float* shift;     // c in exp(S - c)
+  const int32_t* target;  // the column of each row's target, -1 outside of S; null where no mask looks at it
+};
+
+// What the terms along one axis came to, and the loss's gradients with respect to that, both [terms, count].
+struct Statistics {
+  const float* values;
+  const float* incoming;
+};
+
+struct WeightsArguments {
+  Similarity s;
+  Plan plan;
+  Statistics rows;
+  Statistics columns;
+  float flag_below;
+  const float* multiplier;  // of W, on the device; null for 1
+  Panel panel;
+  unsigned char* out;  // whole tiles, so that no store needs a mask
+  int64_t out_pitch;   // bytes from row to row, a multiple of 16
+};
+
+}  // namespace fastcl::cuda
