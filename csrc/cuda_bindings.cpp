@@ -188,16 +188,20 @@ STABLE_TORCH_LIBRARY_IMPL(fastcl_cuda, FASTCL_DISPATCH_KEY, m) {
 
 namespace {
 
-PyObject* device(PyObject*, PyObject*) { return PyUnicode_FromString(kDevice); }
-
-PyMethodDef methods[] = {
-    {"device", device, METH_NOARGS, "The type of the device that the operators run on."},
-    {nullptr, nullptr, 0, nullptr},
-};
-
 PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_cuda", "fastcl's CUDA engine.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+    PyModuleDef_HEAD_INIT, "_cuda", "fastcl's CUDA engine.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__cuda(void) { return PyModule_Create(&module); }
+// What a caller has to know: the type of the operators' device, and their limits.
+PyMODINIT_FUNC PyInit__cuda(void) {
+  PyObject* const self = PyModule_Create(&module);
+  if (self == nullptr || PyModule_AddStringConstant(self, "DEVICE", kDevice) != 0 ||
+      PyModule_AddIntConstant(self, "TILE", cuda::kTile) != 0 ||
+      PyModule_AddIntConstant(self, "ALIGNMENT", cuda::kChunkBytes) != 0 ||
+      PyModule_AddIntConstant(self, "MOST_TERMS", cuda::kMostTerms) != 0 ||
+      PyModule_AddIntConstant(self, "MOST_ROWS", cuda::kMostRows) != 0) {
+    return nullptr;
+  }
+  return self;
+}

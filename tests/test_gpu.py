@@ -28,6 +28,7 @@ from tests.test_one_sweep import ALONG_ROWS, NO_POSITIVE, found_gradients, judge
 pytestmark = pytest.mark.gpu
 
 ON_GPU = available_backends("cuda") if torch.cuda.is_available() else ["triton"]
+ENGINES = [name for name in ON_GPU if name in ("triton", "cuda")]
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +53,11 @@ def test_larger_and_colder(loss: Loss, dtype: torch.dtype, backend: str) -> None
     check_against_float64(loss, 3001, 200, dtype, backend, tau=0.01, device="cuda")
 
 
+@pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_same_bits_every_time(loss: Loss) -> None:
+def test_same_bits_every_time(loss: Loss, backend: str) -> None:
     features = make_features(loss, 2050, 96, torch.bfloat16, "cuda")
-    runs = [value_and_gradients(lambda: loss.call(features, 0.1), features) for _ in range(3)]
+    runs = [value_and_gradients(lambda: loss.call(features, 0.1, backend=backend), features) for _ in range(3)]
     for value, gradients in runs[1:]:
         assert torch.equal(value, runs[0][0])
         assert all(torch.equal(x, y) for x, y in zip(gradients, runs[0][1], strict=True))
@@ -65,13 +67,14 @@ def test_triton_is_available() -> None:
     assert fastcl.list_backends()["triton"] is None
 
 
-def test_no_synchronisation() -> None:
+@pytest.mark.parametrize("backend", ENGINES)
+def test_no_synchronisation(backend: str) -> None:
     features = make_features(LOSSES[0], 256, 64, torch.bfloat16, "cuda")
     tau = torch.tensor(0.1, device="cuda", requires_grad=True)
-    fastcl.nt_xent(*features, tau).backward()
+    fastcl.nt_xent(*features, tau, backend=backend).backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, _ = fastcl.nt_xent(*features, tau, return_stats=True)
+        loss, _ = fastcl.nt_xent(*features, tau, return_stats=True, backend=backend)
         loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -33,17 +33,13 @@ from fastcl.terms import (
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOWEST_CAPABILITY = (8, 0)
-_MOST_TERMS = 4
-_MOST_ROWS = 2**31 - 1 - 128
-_TILE = 128
-_ALIGNMENT = 16
 _REDUCE_CODES = {Reduce.LSE: 0, Reduce.SUM: 1, Reduce.MAX: 2}
 _TEST_CODES = {False: -1, None: 0, True: 1}
 
 
 def unavailable() -> str | None:
     extension, reason = _load()
-    if extension is not None and extension.device() == "cuda" and not torch.cuda.is_available():
+    if extension is not None and extension.DEVICE == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
     return reason
 
@@ -52,7 +48,7 @@ def supports(plan: Plan, operands: Operands) -> str | None:
     if (reason := unavailable()) is not None:
         return reason
     a = operands.a
-    if a.device.type != _extension().device():
+    if a.device.type != _extension().DEVICE:
         return f"the tensors are on {a.device.type}, not on a CUDA device"
     if a.is_cuda and torch.cuda.get_device_capability(a.device) < _LOWEST_CAPABILITY:
         return f"{torch.cuda.get_device_name(a.device)} has a compute capability below 8.0"
@@ -60,14 +56,14 @@ def supports(plan: Plan, operands: Operands) -> str | None:
         return f"{a.dtype} is not one of float32, bfloat16, float16"
     if 0 in (*operands.shape, a.shape[1]):
         return "an operand is empty"
-    if max(operands.shape) > _MOST_ROWS:
-        return f"an operand has more than {_MOST_ROWS} rows"
+    if max(operands.shape) > _extension().MOST_ROWS:
+        return f"an operand has more than {_extension().MOST_ROWS} rows"
     if plan.symmetric and (plan.columns or operands.b is not None or operands.row0 != operands.col0):
         return "a symmetric plan takes one operand, row terms only, and row0 == col0"
     if not plan.names_pairs:
         return "a mask tests label, id or above"
-    if max(len(plan.rows), len(plan.columns)) > _MOST_TERMS:
-        return f"more than {_MOST_TERMS} terms along one axis"
+    if max(len(plan.rows), len(plan.columns)) > _extension().MOST_TERMS:
+        return f"more than {_extension().MOST_TERMS} terms along one axis"
     return None
 
 
@@ -95,7 +91,7 @@ def gradient(
         x.b,
         needs_a,
         needs_b,
-        _TILE,
+        _extension().TILE,
         tuning.workspace_bytes(capability),
         lambda panel, out: _run("weights", x.a.device, *arguments, *panel, out),
     )
@@ -145,11 +141,12 @@ def _inputs(plan: Plan, operands: Operands) -> _Inputs:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Rows that begin at multiples of 16 bytes, as asynchronous copies need them: x itself, or a copy."""
+    """Rows that begin where asynchronous copies can read them: x itself, or a copy."""
+    alignment = _extension().ALIGNMENT
     pitch = x.stride(0) * x.element_size()
-    if x.stride(1) == 1 and pitch % _ALIGNMENT == 0 and x.data_ptr() % _ALIGNMENT == 0:
+    if x.stride(1) == 1 and pitch % alignment == 0 and x.data_ptr() % alignment == 0:
         return x
-    multiple = _ALIGNMENT // x.element_size()
+    multiple = alignment // x.element_size()
     rows, depth = x.shape
     return x.new_empty(rows, -(-depth // multiple) * multiple)[:, :depth].copy_(x)
 

@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
-# The C++ engine under the address, undefined-behaviour and thread sanitizers; run by `make sanitize` from the root.
+# The C++ engines under the address, undefined-behaviour and thread sanitizers; run by `make sanitize` from the root.
 #
 # engine_check, which needs neither Torch nor Python, runs under all three. The extension's own tests run under the first
 # two; Torch's thread pool is not built for the third.
 set -euo pipefail
 python=$1
+
+echo "== the CUDA kernels, emulated, under address,undefined"
+mkdir -p build
+g++ -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-unknown-pragmas -Itests/cpp \
+  tests/cpp/cuda_check.cpp -o build/cuda_check
+ASAN_OPTIONS=detect_leaks=0 build/cuda_check # a fiber that has ended is never unwound
 
 for sanitizers in address,undefined thread; do
   copy=build/sanitize-$sanitizers
