@@ -38,14 +38,7 @@ FASTCL_HOST_DEVICE float merge(Reduce reduce, float x, float y) {
   return reduce == Reduce::kMax ? Largest()(x, y) : Add()(x, y);
 }
 
-// A tile at which masks look pair by pair, or one whose every pair all dense terms count.
-struct Masked {
-  static constexpr bool kValue = true;
-};
-struct Plain {
-  static constexpr bool kValue = false;
-};
-
+// At a masked tile a term looks pair by pair; at any other a dense term counts every pair, and a sparse one none.
 FASTCL_HOST_DEVICE bool contributes(const PairTerm& term, bool masked) { return masked || is_dense(term); }
 
 // One of a block's walks over a super-tile.
@@ -71,9 +64,9 @@ class Sweep {
     const bool along_columns = mirrored || (!x_.plan.symmetric && x_.plan.columns.count > 0);
     const bool masked = find_exceptions(i0, j0, mirrored);
     if (masked) {
-      reduce_terms<Masked>(i0, j0, along_columns, values);
+      reduce_terms<true>(i0, j0, along_columns, values);
     } else {
-      reduce_terms<Plain>(i0, j0, along_columns, values);
+      reduce_terms<false>(i0, j0, along_columns, values);
     }
     if (along_columns || tile.ends_row()) sync_threads();
     if (along_columns) flush_columns(i0, j0, masked);
@@ -101,7 +94,7 @@ class Sweep {
   }
 
   // Sums and maxima of S first; then the exponentials take its place.
-  template <class Kind>
+  template <bool kMasked>
   FASTCL_DEVICE void reduce_terms(int i0, int j0, bool along_columns, Accumulators& values) {
     const TilePairs pairs{x_.s.shape, i0, j0, memory_.row_targets, memory_.column_targets};
     // Read here and not once: registers are dearer.
@@ -112,32 +105,31 @@ class Sweep {
 #pragma unroll
       for (int v = 0; v < kOwn; ++v) values.at(u, v) *= scale;
     }
-    reduce_axes<Kind, Add>(Reduce::kSum, pairs, along_columns, values);
-    reduce_axes<Kind, Largest>(Reduce::kMax, pairs, along_columns, values);
+    reduce_axes<kMasked, Add>(Reduce::kSum, pairs, along_columns, values);
+    reduce_axes<kMasked, Largest>(Reduce::kMax, pairs, along_columns, values);
 #pragma unroll
     for (int u = 0; u < kOwn; ++u) {
 #pragma unroll
       for (int v = 0; v < kOwn; ++v) values.at(u, v) = exp2_fast(values.at(u, v) * kLog2E - shift);
     }
-    reduce_axes<Kind, Add>(Reduce::kLogSumExp, pairs, along_columns, values);
+    reduce_axes<kMasked, Add>(Reduce::kLogSumExp, pairs, along_columns, values);
   }
 
   // All terms of one kind, whose values are there.
-  template <class Kind, class Merge>
+  template <bool kMasked, class Merge>
   FASTCL_DEVICE void reduce_axes(Reduce reduce, const TilePairs& pairs, bool along_columns,
                                  const Accumulators& values) {
     const int thread = thread_index();
     for (int t = 0; t < x_.plan.rows.count; ++t) {
       const PairTerm term = x_.plan.rows.at[t];
-      if (term.reduce != reduce || !contributes(term, Kind::kValue)) continue;
-      const uint64_t counted = Kind::kValue ? counted_pairs<kOwn>(term, pairs, false, thread, 0) : kAllPairs;
+      if (term.reduce != reduce || !contributes(term, kMasked)) continue;
+      const uint64_t counted = kMasked ? counted_pairs<kOwn>(term, pairs, false, thread, 0) : kAllPairs;
       reduce_along_rows(Merge(), values, counted, memory_.rows[t][warp_across(thread)]);
     }
     for (int t = 0; along_columns && t < x_.plan.columns.count; ++t) {
       const PairTerm term = x_.plan.columns.at[t];
-      if (term.reduce != reduce || !contributes(term, Kind::kValue)) continue;
-      const uint64_t counted =
-          Kind::kValue ? counted_pairs<kOwn>(term, pairs, x_.plan.symmetric, thread, 0) : kAllPairs;
+      if (term.reduce != reduce || !contributes(term, kMasked)) continue;
+      const uint64_t counted = kMasked ? counted_pairs<kOwn>(term, pairs, x_.plan.symmetric, thread, 0) : kAllPairs;
       reduce_along_columns(Merge(), values, counted, memory_.columns[t][warp_down(thread)]);
     }
   }

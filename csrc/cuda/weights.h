@@ -37,9 +37,9 @@ class Weights {
 
   FASTCL_DEVICE void write_tile(int i0, int j0, Accumulators& values) {
     if (find_exceptions(i0, j0)) {
-      form<Masked>(i0, j0, values);
+      form<true>(i0, j0, values);
     } else {
-      form<Plain>(i0, j0, values);
+      form<false>(i0, j0, values);
     }
     stage<false>(values);
     store(i0 - x_.panel.row_begin, j0 - x_.panel.column_begin);
@@ -81,7 +81,7 @@ class Weights {
   }
 
   // S becomes W, 16 numbers at a time.
-  template <class Kind>
+  template <bool kMasked>
   FASTCL_DEVICE void form(int i0, int j0, Accumulators& values) {
 #pragma unroll
     for (int down = 0; down < kProductsDown; ++down) {
@@ -92,11 +92,11 @@ class Weights {
 #pragma unroll
         for (int v = 0; v < kOwn; ++v) {
           float& value = values.at(2 * down + k, v);
-          value = Kind::kValue ? value * scale_log2_ : exp2_fast(value * scale_log2_ - shift_log2_);
+          value = kMasked ? value * scale_log2_ : exp2_fast(value * scale_log2_ - shift_log2_);
         }
       }
-      for (int t = 0; t < x_.plan.rows.count; ++t) add_along_rows<Kind>(t, pairs, down, values, weights);
-      for (int t = 0; t < x_.plan.columns.count; ++t) add_along_columns<Kind>(t, pairs, down, values, weights);
+      for (int t = 0; t < x_.plan.rows.count; ++t) add_along_rows<kMasked>(t, pairs, down, values, weights);
+      for (int t = 0; t < x_.plan.columns.count; ++t) add_along_columns<kMasked>(t, pairs, down, values, weights);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
 #pragma unroll
@@ -112,46 +112,46 @@ class Weights {
     }
   }
 
-  template <class Kind>
+  template <bool kMasked>
   FASTCL_DEVICE void add_along_rows(int t, const TilePairs& pairs, int down, const Accumulators& values,
                                     float (&weights)[2][kOwn]) {
     const PairTerm term = x_.plan.rows.at[t];
-    if (term.reduce == Reduce::kMax || !contributes(term, Kind::kValue)) return;
-    const uint64_t counted = Kind::kValue ? counted_pairs<2>(term, pairs, false, thread_index(), 2 * down) : kAllPairs;
+    if (term.reduce == Reduce::kMax || !contributes(term, kMasked)) return;
+    const uint64_t counted = kMasked ? counted_pairs<2>(term, pairs, false, thread_index(), 2 * down) : kAllPairs;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int row = own_row(thread_index(), 2 * down + k);
 #pragma unroll
       for (int v = 0; v < kOwn; ++v) {
-        const float part = slope<Kind>(term, memory_.rows, t, row, values.at(2 * down + k, v));
+        const float part = slope<kMasked>(term, memory_.rows, t, row, values.at(2 * down + k, v));
         if (counted >> (k * kOwn + v) & 1) weights[k][v] += part;
       }
     }
   }
 
-  template <class Kind>
+  template <bool kMasked>
   FASTCL_DEVICE void add_along_columns(int t, const TilePairs& pairs, int down, const Accumulators& values,
                                        float (&weights)[2][kOwn]) {
     const PairTerm term = x_.plan.columns.at[t];
-    if (term.reduce == Reduce::kMax || !contributes(term, Kind::kValue)) return;
+    if (term.reduce == Reduce::kMax || !contributes(term, kMasked)) return;
     const uint64_t counted =
-        Kind::kValue ? counted_pairs<2>(term, pairs, x_.plan.symmetric, thread_index(), 2 * down) : kAllPairs;
+        kMasked ? counted_pairs<2>(term, pairs, x_.plan.symmetric, thread_index(), 2 * down) : kAllPairs;
 #pragma unroll
     for (int v = 0; v < kOwn; ++v) {
       const int column = own_column(thread_index(), v);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const float part = slope<Kind>(term, memory_.columns, t, column, values.at(2 * down + k, v));
+        const float part = slope<kMasked>(term, memory_.columns, t, column, values.at(2 * down + k, v));
         if (counted >> (k * kOwn + v) & 1) weights[k][v] += part;
       }
     }
   }
 
   // Times the incoming gradient; `value` is a logit in base 2 where masked, else its exponential.
-  template <class Kind>
+  template <bool kMasked>
   FASTCL_DEVICE static float slope(const PairTerm& term, const AxisFactors& factors, int t, int index, float value) {
     if (term.reduce == Reduce::kSum) return factors.incoming[t][index];
-    const float slope = Kind::kValue ? exp2_fast(value - factors.lse_log2[t][index]) : value * factors.ratio[t][index];
+    const float slope = kMasked ? exp2_fast(value - factors.lse_log2[t][index]) : value * factors.ratio[t][index];
     return slope * factors.incoming[t][index];
   }
 
