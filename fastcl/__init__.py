@@ -13,6 +13,7 @@ from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.nt_xent import nt_xent
+from fastcl.losses.sup_con import sup_con_loss
 from fastcl.pairwise import pairwise
 from fastcl.terms import Axis, Mask, Reduce, Tags, Term
 
@@ -33,4 +34,5 @@ __all__ = [
     "nn",
     "nt_xent",
     "pairwise",
+    "sup_con_loss",
 ]

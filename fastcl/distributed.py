@@ -395,3 +395,16 @@ def _reduce_backward(ctx, grad: Tensor):
 
 
 reduce_over_ranks.register_autograd(_reduce_backward, setup_context=_keep_group)
+
+
+@torch.library.custom_op("fastcl::gather_over_ranks", mutates_args=())
+def gather_over_ranks(x: Tensor, group: str) -> Tensor:
+    """The rows of all ranks, one rank's after the other's; without gradient."""
+    ranks = Ranks.of(group)
+    lengths = ranks.all_gather(torch.tensor([len(x)], device=x.device), [1] * ranks.size).tolist()
+    return ranks.all_gather(x, lengths).clone()
+
+
+@gather_over_ranks.register_fake
+def _(x, group):
+    return x.new_empty(torch.library.get_ctx().new_dynamic_size(), *x.shape[1:])

@@ -47,12 +47,12 @@ X, Y = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1))
         (
             lambda: fastcl.info_nce(X, Y, 0.1, target=torch.arange(6), negatives=Y),
             ValueError,
-            r"target and negatives exclude each other",
+            r"negatives and target exclude each other, got target of shape \(6,\)",
         ),
         (
             lambda: fastcl.info_nce(X, Y, 0.1, negatives=Y[None]),
             ValueError,
-            r"negatives must have 2 dimensions .* got shape \(1, 6, 4\)",
+            r"negatives of each query must be \[N, K, D\] with N = 6, got \(1, 6, 4\)",
         ),
         (lambda: fastcl.clip_loss(X, Y, 0.0), ValueError, r"logit_scale must be positive, got 0.0"),
         (lambda: fastcl.clip_loss(X, Y, 1.0, X), ValueError, r"logit_bias must be a float or a 0-d tensor"),

@@ -23,6 +23,7 @@ from fastcl.exchange import Ranks
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
+from fastcl.losses.sup_con import reference as sup_con_reference
 from fastcl.terms import Operands, Plan
 from tests.cases import available_backends, relative_error
 
@@ -75,6 +76,51 @@ LOSSES = {
         lambda x, scale, bias: clip_reference(*x, scale, bias),
         lambda pairs: (pairs, pairs),
     ),
+}
+
+
+def _tag(rows: int, first: int, kinds: int) -> Tensor:
+    return ((torch.arange(rows) + first) * 5 // 3) % kinds
+
+
+def _views(**tags: int) -> Loss:
+    """NT-Xent with tags of so many kinds."""
+
+    def of(rows: int, first: int) -> dict[str, Tensor]:
+        return {name: _tag(rows, first, kinds) for name, kinds in tags.items()}
+
+    return Loss(
+        lambda x, scale, bias, first, keys, **options: fastcl.nt_xent(*x, 1 / scale, **of(len(x[0]), first), **options),
+        lambda x, scale, bias: (
+            sup_con_reference(torch.cat(x), of(len(x[0]), 0)["labels"].repeat(2), 1 / scale)
+            if "labels" in tags
+            else nt_xent_reference(*x, 1 / scale, **of(len(x[0]), 0))
+        ),
+        lambda pairs: (pairs, pairs),
+    )
+
+
+def _clip(**given: object) -> Loss:
+    """CLIP with options, where labels and ids are of so many kinds."""
+
+    def of(rows: int, first: int) -> dict[str, object]:
+        return {name: _tag(rows, first, kinds) if name in ("labels", "ids") else kinds for name, kinds in given.items()}
+
+    return Loss(
+        lambda x, scale, bias, first, keys, **options: fastcl.clip_loss(
+            *x, scale, normalize=True, **of(len(x[0]), first), **options
+        ),
+        lambda x, scale, bias: clip_reference(*x, scale, normalize=True, **of(len(x[0]), 0)),
+        lambda pairs: (pairs, pairs),
+    )
+
+
+LOSSES |= {
+    "nt_xent_ids": _views(ids=3),
+    "nt_xent_labels": _views(labels=4),
+    "clip_ids_margin": _clip(ids=5, false_negative_margin=0.1),
+    "clip_labels": _clip(labels=4),
+    "clip_smoothing": _clip(label_smoothing=0.2),
 }
 
 
