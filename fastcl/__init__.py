@@ -13,6 +13,7 @@ from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.nt_xent import nt_xent
+from fastcl.losses.siglip import siglip_loss
 from fastcl.losses.sup_con import sup_con_loss
 from fastcl.pairwise import pairwise
 from fastcl.terms import Axis, Mask, Reduce, Tags, Term
@@ -34,5 +35,6 @@ __all__ = [
     "nn",
     "nt_xent",
     "pairwise",
+    "siglip_loss",
     "sup_con_loss",
 ]

@@ -398,13 +398,42 @@ reduce_over_ranks.register_autograd(_reduce_backward, setup_context=_keep_group)
 
 
 @torch.library.custom_op("fastcl::gather_over_ranks", mutates_args=())
-def gather_over_ranks(x: Tensor, group: str) -> Tensor:
-    """The rows of all ranks, one rank's after the other's; without gradient."""
+def gather_over_ranks(x: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """The rows of all ranks, one rank's after the other's, and how many each has, int64 [ranks].
+
+    A rank's gradient is that of the sum of all ranks' objectives.
+    """
     ranks = Ranks.of(group)
-    lengths = ranks.all_gather(torch.tensor([len(x)], device=x.device), [1] * ranks.size).tolist()
-    return ranks.all_gather(x, lengths).clone()
+    lengths = ranks.all_gather(torch.tensor([len(x)], device=x.device), [1] * ranks.size)
+    return ranks.all_gather(x, lengths.tolist()).clone(), lengths.clone()
 
 
 @gather_over_ranks.register_fake
 def _(x, group):
+    total = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(total, *x.shape[1:]), x.new_empty(Ranks.of(group).size, dtype=torch.int64)
+
+
+def _keep_lengths(ctx, inputs, output) -> None:
+    _, ctx.group = inputs
+    ctx.save_for_backward(output[1])
+
+
+def _gather_backward(ctx, grad: Tensor, _):
+    (lengths,) = ctx.saved_tensors
+    return torch.ops.fastcl.scatter_over_ranks(grad, lengths, ctx.group), None
+
+
+@torch.library.custom_op("fastcl::scatter_over_ranks", mutates_args=())
+def scatter_over_ranks(x: Tensor, lengths: Tensor, group: str) -> Tensor:
+    """The sum over ranks of the rows of ``x`` that are this rank's."""
+    return Ranks.of(group).reduce_scatter(x, lengths.tolist()).clone()
+
+
+@scatter_over_ranks.register_fake
+def _(x, lengths, group):
     return x.new_empty(torch.library.get_ctx().new_dynamic_size(), *x.shape[1:])
+
+
+gather_over_ranks.register_autograd(_gather_backward, setup_context=_keep_lengths)
+scatter_over_ranks.register_autograd(_refuse_double_backward)

@@ -19,6 +19,7 @@ from fastcl.engine import BACKENDS
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
+from fastcl.losses.siglip import reference as siglip_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
 
 
@@ -83,6 +84,10 @@ def _row(
 
 def _clip(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, y, tau, **options: call(x, y, 1 / tau, normalize=True, **options)
+
+
+def _siglip(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, y, tau, **options: call(x, y, 1 / tau, -10.0, normalize=True, **options)
 
 
 def _negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -210,6 +215,16 @@ LOSSES = (
         _CLIP,
         _BOTH,
         lambda x: {"label_smoothing": 0.2},
+        one_operator=False,
+    ),
+    _row("siglip", _siglip(fastcl.siglip_loss), _siglip(siglip_reference), _CLIP, _ROWS, one_operator=False),
+    _row(
+        "siglip_labels",
+        _siglip(fastcl.siglip_loss),
+        _siglip(siglip_reference),
+        _CLIP,
+        _ROWS,
+        lambda x: {"labels": tag(len(x[0]), 7, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
         one_operator=False,
     ),
     *(

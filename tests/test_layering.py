@@ -1,4 +1,4 @@
-"""Imports run one way: terms <- backends <- engine <- distributed <- pairwise <- cross_entropy <- losses <- nn."""
+"""Imports run one way, from the vocabulary in terms to the modules in nn."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ LAYERS = (
     ("distributed",),
     ("pairwise",),
     ("cross_entropy",),
+    ("panels",),
     ("losses",),
     ("replay",),
     ("nn", "gradcache"),

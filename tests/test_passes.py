@@ -1,14 +1,17 @@
-"""The cost of each plan in sweeps of N * M * D multiply-adds, counted in the products that `tiled` calls."""
+"""The cost of each loss in sweeps of N * M * D multiply-adds, counted in the products that plain PyTorch calls."""
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastcl import engine
+from fastcl import engine, panels
 from fastcl.backends import tiled
 from fastcl.terms import Needs, Operands, Plan, Statistics
 from tests.cases import LOSSES, Loss, make_features
@@ -24,41 +27,47 @@ def count_passes(run: Callable[[], object], sweep: int) -> float:
     return counter.get_total_flops() / (2 * sweep)
 
 
-def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Callable, tuple]]:
-    """What is called of ``tiled`` from outside of it from now on, with the arguments."""
-    calls: list[tuple[Callable, tuple]] = []
-    inside = False
-    for name in ("statistics", "gradient", "cross_entropy"):
-        original = getattr(tiled, name)
+class Call(NamedTuple):
+    run: Callable[[], object]
+    pairs: int
+    """of rows and keys"""
 
-        def record(*args, original=original):
+
+def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """What is called of ``tiled`` and ``panels`` from outside of them from now on."""
+    calls: list[Call] = []
+    inside = False
+    tiles = {name: (tiled, lambda args: args[1].shape) for name in ("statistics", "gradient", "cross_entropy")}
+    sweeps = {name: (panels, lambda args: args[0].shape) for name in ("_values", "_sweep")}
+    for name, (module, shape) in (tiles | sweeps).items():
+        original = getattr(module, name)
+
+        def record(*args, original=original, shape=shape):
             nonlocal inside
             if inside:
                 return original(*args)
-            calls.append((original, args))
+            calls.append(Call(functools.partial(original, *args), math.prod(shape(args))))
             inside = True
             try:
                 return original(*args)
             finally:
                 inside = False
 
-        monkeypatch.setattr(tiled, name, record)
+        monkeypatch.setattr(module, name, record)
     return calls
 
 
-def passes_of(calls: list[tuple[Callable, tuple]]) -> list[float]:
+def passes_of(calls: list[Call]) -> list[float]:
     """The passes that each call takes."""
-    counted = []
-    for function, args in list(calls):
-        n, m = args[1].shape
-        counted.append(count_passes(lambda f=function, a=args: f(*a), n * m * DIM))
-    return counted
+    return [count_passes(call.run, call.pairs * DIM) for call in list(calls)]
 
 
 def small_features(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """Features that make TILES tiles along the rows of S."""
     monkeypatch.setattr(tiled, "_TILE_ON_CPU", 8)
     monkeypatch.setattr(tiled, "_LOWEST_PANEL", 1)
+    monkeypatch.setattr(panels, "_FEWEST_ROWS", 8)
+    monkeypatch.setattr(panels, "_PANEL_ON_CPU", 8)
     return make_features(loss, 8 * TILES // (len(loss.features) if loss.symmetric else 1), DIM, torch.float32)
 
 
