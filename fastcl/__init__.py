@@ -13,6 +13,14 @@ from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.nt_xent import nt_xent
+from fastcl.losses.without_pairs import (
+    barlow_twins_loss,
+    cosine_similarity_loss,
+    negative_cosine_similarity,
+    sinkhorn,
+    softmax_classification_loss,
+    swav_loss,
+)
 from fastcl.pairwise import pairwise
 from fastcl.terms import Axis, Mask, Reduce, Term
 
@@ -25,11 +33,17 @@ __all__ = [
     "Mask",
     "Reduce",
     "Term",
+    "barlow_twins_loss",
     "cached",
     "clip_loss",
+    "cosine_similarity_loss",
     "info_nce",
     "list_backends",
+    "negative_cosine_similarity",
     "nn",
     "nt_xent",
     "pairwise",
+    "sinkhorn",
+    "softmax_classification_loss",
+    "swav_loss",
 ]
