@@ -6,7 +6,7 @@
 torch.Size([])
 """
 
-from fastcl import nn
+from fastcl import memory, nn
 from fastcl.engine import list_backends
 from fastcl.gradcache import GradCache, cached
 from fastcl.losses.clip import clip_loss
@@ -39,6 +39,7 @@ __all__ = [
     "cosine_similarity_loss",
     "info_nce",
     "list_backends",
+    "memory",
     "negative_cosine_similarity",
     "nn",
     "nt_xent",

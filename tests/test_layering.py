@@ -19,7 +19,7 @@ LAYERS = (
     ("cross_entropy",),
     ("losses",),
     ("replay",),
-    ("nn", "gradcache"),
+    ("nn", "gradcache", "memory"),
     ("doctor",),
     ("__init__", "__main__"),
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from fastcl.checks import check_choice, check_group, check_matrix, check_pair, check_scalar, check_target
+from fastcl.checks import check_choice, check_count, check_group, check_matrix, check_pair, check_scalar, check_target
 from fastcl.losses.common import REDUCTIONS, over_ranks
 from fastcl.terms import accumulation_dtype
 
@@ -87,8 +87,7 @@ def sinkhorn(
     """
     check_matrix("scores", scores, may_be_empty=group is not None)
     check_scalar("epsilon", epsilon, positive=True)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an integer of at least 1, got {iterations!r}")
+    check_count("iterations", iterations)
     if group is not None:
         check_group("group", group)
     log_q = scores.to(accumulation_dtype(scores.dtype)) / epsilon
