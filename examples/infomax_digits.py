@@ -25,7 +25,7 @@ from examples.demo.digits import augment, load_images
 from examples.linear_probe import DRAWS, FEW, Accuracy, linear_probe, split
 from fastcl import Mask, Reduce, Term
 
-BATCH, STEPS, SMALL_STEPS, SEED = 256, 300, 40, 0
+BATCH, STEPS, SMALL_STEPS, PROBED_EVERY, SEED = 256, 300, 40, 50, 0
 DIM, TEMPERATURE, RATE = 64, 0.2, 2e-3
 
 
@@ -114,7 +114,7 @@ def train(views: Views, steps: int, images: Tensor, labels: Tensor) -> Run:
         optimizer.step()
         schedule.step()
         run.losses.append(loss.item())
-        if step % max(1, steps // 6) == 0:
+        if step % PROBED_EVERY == 0 or step == steps:
             run.accuracies[step] = probe(model.encoder, images, labels)
     return run
 

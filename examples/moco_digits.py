@@ -23,7 +23,7 @@ from examples.linear_probe import DRAWS, FEW, Accuracy, linear_probe, split
 from fastcl import Reduce, Term
 from fastcl.memory import MomentumEncoder, Queue, cosine_momentum
 
-BATCH, QUEUE, STEPS, SMALL_STEPS, SEED = 256, 1024, 300, 40, 0
+BATCH, QUEUE, STEPS, SMALL_STEPS, PROBED_EVERY, SEED = 256, 1024, 300, 40, 50, 0
 DIM, TEMPERATURE, RATE, MOMENTUM = 64, 0.2, 2e-3, 0.98
 HARDEST, MIXED, MIXED_WITH_QUERY = 128, 64, 16
 """MoCHi's N, s and s': how many negatives are mixed, and how many mixtures there are of each kind"""
@@ -152,7 +152,7 @@ def train(method: type[nn.Module], steps: int, images: Tensor, labels: Tensor) -
         schedule.step()
         model.follow(step, steps)
         run.losses.append(loss.item())
-        if step % max(1, steps // 6) == 0:
+        if step % PROBED_EVERY == 0 or step == steps:
             run.accuracies[step] = probe(model.encoder, images, labels)
     return run
 
