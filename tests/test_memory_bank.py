@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.measure import gradient_step, peak_memory
 from fastcl.memory import MemoryBank
+from fastcl.memory import bank as bank_module
 
 SIZE, DIM, BATCH, TAU = 50, 6, 8, 0.2
 
@@ -130,6 +132,7 @@ def test_a_file_survives_the_process(tmp_path: Path) -> None:
     code = f"""
 import torch
 from fastcl.memory import MemoryBank
+from fastcl.memory import bank as bank_module
 bank = MemoryBank({SIZE}, {DIM}, path={str(path)!r})
 bank.update(torch.tensor([3]), torch.eye(1, {DIM}), momentum=0.0)
 torch.save(bank.rows.clone(), {str(tmp_path / "rows.pt")!r})
@@ -149,6 +152,25 @@ torch.save(bank.rows.clone(), {str(tmp_path / "rows.pt")!r})
     assert torch.isfinite(bank.nce_loss(features, indices, TAU, negatives=bank.sample(9)))
     with pytest.raises(ValueError, match=r"a file of 1224 bytes, 51 x 6 torch.float32, got .*bank.bin of 1200"):
         MemoryBank(SIZE + 1, DIM, path=path)
+
+
+def test_of_two_processes_that_start_a_file_the_first_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, first = tmp_path / "bank.bin", []
+    draw = bank_module._draw_unit_rows
+
+    def draw_slowly(rows: torch.Tensor, generator: torch.Generator | None) -> None:
+        draw(rows, generator)
+        if not first:
+            monkeypatch.setattr(os, "getpid", lambda: -1)
+            first.append(None)
+            first[0] = MemoryBank(SIZE, DIM, path=path)
+
+    monkeypatch.setattr(bank_module, "_draw_unit_rows", draw_slowly)
+    second = MemoryBank(SIZE, DIM, path=path)
+    assert torch.equal(first[0].rows, second.rows)
+    second.update(torch.tensor([0]), torch.eye(1, DIM), momentum=0.0)
+    assert torch.equal(first[0].rows, second.rows)
+    assert [file.name for file in tmp_path.iterdir()] == ["bank.bin"]
 
 
 def test_refresh_replaces_every_row_or_says_which_were_left_out() -> None:

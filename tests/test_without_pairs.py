@@ -212,6 +212,7 @@ LABELS, WEIGHT = torch.tensor([0, 1, 2, 0, 1, 2]), torch.zeros(3, 12)
             r"labels must hold indices below 3, got 3",
         ),
         (lambda: fastcl.softmax_classification_loss(X, Y, LABELS, WEIGHT.double()), ValueError, r"got torch.float64"),
+        (lambda: fastcl.softmax_classification_loss(X, Y, LABELS, WEIGHT, X[0]), ValueError, r"shape \(3,\), .*\(4,\)"),
         (
             lambda: fastcl.softmax_classification_loss(
                 X, Y, LABELS, WEIGHT, concatenation_sent_rep=False, concatenation_sent_difference=False

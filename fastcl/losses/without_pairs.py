@@ -299,6 +299,8 @@ def softmax_classification_loss(
         )
     if weight.dtype != u.dtype or weight.device != u.device:
         raise ValueError(f"weight must be {u.dtype} on {u.device} like u, got {weight.dtype} on {weight.device}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), one for each class, got {tuple(bias.shape)}")
     check_target("labels", labels, u, weight.shape[0])
     return F.cross_entropy(F.linear(torch.cat(vectors, dim=1), weight, bias), labels.long(), reduction=reduction)
 

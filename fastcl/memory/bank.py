@@ -5,6 +5,7 @@ May import :mod:`fastcl.losses` and :mod:`fastcl.checks`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -193,7 +194,7 @@ class MemoryBank(nn.Module):
         check_choice("reduction", reduction, REDUCTIONS)
         if not isinstance(negatives, Tensor) or negatives.is_floating_point() or negatives.dtype is torch.bool:
             raise TypeError(f"negatives must be an integer tensor, got {getattr(negatives, 'dtype', type(negatives))}")
-        if negatives.shape[:-1] not in ((), (len(features),)) or not negatives.numel():
+        if negatives.dim() not in (1, 2) or negatives.shape[:-1] not in ((), (len(features),)) or not negatives.numel():
             raise ValueError(
                 f"negatives must have shape [m] or [{len(features)}, m], not empty, got {tuple(negatives.shape)}"
             )
@@ -241,7 +242,9 @@ def _mapped(path: Path, size: int, dim: int, dtype: torch.dtype, generator: torc
         # Under another name until it is complete, so that a process that is stopped leaves no half-filled bank.
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         _draw_unit_rows(rows_of(partial), generator)
-        partial.replace(path)
+        with contextlib.suppress(FileExistsError):  # of several processes the first one's file is everybody's
+            os.link(partial, path)
+        partial.unlink()
     expected = size * dim * dtype.itemsize
     if (found := path.stat().st_size) != expected:
         raise ValueError(f"path must be a file of {expected} bytes, {size} x {dim} {dtype}, got {path} of {found}")
