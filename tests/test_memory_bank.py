@@ -46,7 +46,9 @@ def test_update_by_its_formula() -> None:
 
 def test_of_an_example_that_comes_twice_the_last_counts() -> None:
     bank, features, _ = make()
-    bank.update(torch.tensor([4, 9, 4, 1, 9, 4, 0, 2]), features, momentum=0.0)
+    indices = torch.tensor([4, 9, 4, 1, 9, 4, 0, 2])
+    assert bank_module._last_occurrences(indices).tolist() == [5, 4, 5, 3, 4, 5, 6, 7]
+    bank.update(indices, features, momentum=0.0)
     last = torch.tensor([6, 3, 7, 5, 4])
     torch.testing.assert_close(bank.rows[[0, 1, 2, 4, 9]], normalize(features.detach(), dim=1)[last])
 

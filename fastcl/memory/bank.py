@@ -101,10 +101,9 @@ class MemoryBank(nn.Module):
         self._check(indices, features)
         momentum = self.momentum if momentum is None else momentum
         check_between("momentum", momentum, 0, 1)
-        # Whoever writes first, all that share a row write the same.
-        in_order, order = indices.sort(stable=True)
-        last = order[torch.searchsorted(in_order, indices, right=True) - 1]
-        features, indices = features[last].to(self.rows.device), indices.to(self.rows.device)
+        # All that share a row write the same to it: on a GPU the order of writes isn't known.
+        features = features[_last_occurrences(indices)].to(self.rows.device)
+        indices = indices.to(self.rows.device)
         dtype = accumulation_dtype(self.rows.dtype)
         rows = torch.lerp(F.normalize(features.to(dtype), dim=1), self.rows[indices].to(dtype), momentum)
         self.rows[indices] = F.normalize(rows, dim=1).to(self.rows.dtype)
@@ -224,6 +223,12 @@ class MemoryBank(nn.Module):
     def extra_repr(self) -> str:
         size, dim = self.rows.shape
         return f"size={size}, dim={dim}, momentum={self.momentum}, dtype={self.rows.dtype}"
+
+
+def _last_occurrences(indices: Tensor) -> Tensor:
+    """For each index the last place that has it, without waiting for the device."""
+    in_order, order = indices.sort(stable=True)
+    return order[torch.searchsorted(in_order, indices, right=True) - 1]
 
 
 def _draw_unit_rows(rows: Tensor, generator: torch.Generator | None) -> None:
