@@ -118,11 +118,16 @@ class Run(NamedTuple):
 
     def over_ranks(self, x: Tensor, operation: str) -> Tensor:
         """The "sum" or "max" over the ranks of the group, if there is one."""
-        return x if self.group is None else torch.ops.fastcl.reduce_over_ranks(x, operation, self.group.group_name)
+        return over_ranks(x, operation, self.group)
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows of all ranks of the group, without gradient."""
         return x if self.group is None else torch.ops.fastcl.gather_over_ranks(x, self.group.group_name)[0]
+
+
+def over_ranks(x: Tensor, operation: str, group: ProcessGroup | None) -> Tensor:
+    """The "sum" or "max" over the ranks of the group, if there is one."""
+    return x if group is None else torch.ops.fastcl.reduce_over_ranks(x, operation, group.group_name)
 
 
 class LossStats(NamedTuple):
