@@ -15,8 +15,9 @@ from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_scalar
 from fastcl.losses.clip import clip_loss
-from fastcl.losses.info_nce import info_nce
+from fastcl.losses.info_nce import PairOfTags, info_nce
 from fastcl.losses.nt_xent import nt_xent
+from fastcl.losses.sup_con import sup_con_loss
 from fastcl.losses.without_pairs import (
     barlow_twins_loss,
     cosine_similarity_loss,
@@ -90,8 +91,16 @@ class NTXentLoss(_TemperatureLoss):
     -0.896
     """
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent(z1, z2, self.temperature, **self.options)
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        *,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        return nt_xent(z1, z2, self.temperature, labels=labels, ids=ids, weight=weight, **self.options)
 
 
 class InfoNCELoss(_TemperatureLoss):
@@ -101,9 +110,49 @@ class InfoNCELoss(_TemperatureLoss):
     """
 
     def forward(
-        self, query: Tensor, key: Tensor, *, target: Tensor | None = None, negatives: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        target: Tensor | None = None,
+        negatives: Tensor | None = None,
+        labels: PairOfTags | None = None,
+        ids: PairOfTags | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
-        return info_nce(query, key, self.temperature, target=target, negatives=negatives, **self.options)
+        return info_nce(
+            query,
+            key,
+            self.temperature,
+            target=target,
+            negatives=negatives,
+            labels=labels,
+            ids=ids,
+            weight=weight,
+            **self.options,
+        )
+
+
+class SupConLoss(_TemperatureLoss):
+    """:func:`fastcl.sup_con_loss` as a module: ``SupConLoss(0.1)(z, labels)``, z as [N, D] or as views [B, V, D].
+
+    ``learnable`` and ``max_scale`` are as in :class:`NTXentLoss`. SupContrast's ``base_temperature`` is a constant
+    factor temperature / base_temperature of the loss, 1 where both are equal, as here.
+    """
+
+    def __init__(self, temperature: float, *, form: str = "out", **options: object) -> None:
+        super().__init__(temperature, **options)
+        self.options["form"] = form
+
+    def forward(
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        return sup_con_loss(z, labels, self.temperature, ids=ids, weight=weight, **self.options)
 
 
 class ClipLoss(nn.Module):
