@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from fastcl import engine
 from fastcl.cross_entropy import FirstDerivative
-from fastcl.pairwise import autocast, refuse_double_backward, scalar_tensor
+from fastcl.pairwise import agreement, autocast, refuse_double_backward, scalar_tensor
 from fastcl.terms import NO_TAGS, Tags, accumulation_dtype, split_tags
 
 _PANEL_ON_CPU, _PANEL_ELSEWHERE = 1 << 21, 1 << 25
@@ -112,6 +112,7 @@ def panel_sum(
     numbers: Sequence[float] = (),
     guide: Sequence[Tensor] = (),
     group: ProcessGroup | None = None,
+    call: str = "loss=panels",
 ) -> tuple[Tensor, ...]:
     """The sums over the rows of what ``function`` makes of each; only the first is differentiable.
 
@@ -127,7 +128,8 @@ def panel_sum(
         numbers: constants that the function needs.
         guide: features [N, E] and [M, E] and a scale, of a second S, without gradient.
         group: a process group: the columns are those of all ranks, one rank's after the other's, the rows are this
-            rank's. Sums and gradients are those of this rank's rows, and gradients reach the columns' owners.
+            rank's. Sums are those of this rank's rows; gradients are those of the sum of all ranks' objectives.
+        call: lines ``name=value`` on which, besides everything here, all ranks must agree.
 
     Complexity: with P = N * M * D multiply-adds, 3 P for value and gradients, 1 P without; O(N + M) memory beyond
     gradients in the accumulation dtype, and a panel.
@@ -145,6 +147,7 @@ def panel_sum(
         numbers=numbers,
         guide=guide,
         group=group,
+        call=call,
     )
     recorded = torch.is_grad_enabled()
     needs = "".join("01"[recorded and x is not None and x.requires_grad] for x in operands[:6])
@@ -166,6 +169,7 @@ def _operands(
     numbers: Sequence[float] = (),
     guide: Sequence[Tensor] = (),
     group: ProcessGroup | None = None,
+    call: str = "loss=panels",
 ) -> tuple[object, ...]:
     """The arguments of the operators: six that may require grad, and the others."""
     dtype = accumulation_dtype(a.dtype)
@@ -174,7 +178,8 @@ def _operands(
     if b is None:
         key_tags = tags
     if group is not None:
-        gather = functools.partial(torch.ops.fastcl.gather_over_ranks, group=group.group_name)
+        call = "\n".join((call, *agreement(a, b, scale, bias)))
+        gather = functools.partial(torch.ops.fastcl.gather_over_ranks, group=group.group_name, call=call)
         b, _ = gather(a if b is None else b)
         row0 = gather(torch.full((1,), len(a), device=a.device))[0][: group.rank()].sum()
         column_params = None if column_params is None else gather(column_params.mT.contiguous())[0].mT
@@ -250,7 +255,8 @@ def resolve(path: str) -> PanelFunction:
 def _values(problem: _Problem) -> Tensor:
     """What the function makes of all rows, [outputs, N]."""
     function = resolve(problem.function)
-    return torch.cat([torch.stack(function(panel)[0]) for _, panel in problem.panels()], dim=1)
+    nothing = torch.empty(function.outputs, 0, dtype=problem.scale.dtype, device=problem.a.device)
+    return torch.cat([nothing, *(torch.stack(function(panel)[0]) for _, panel in problem.panels())], dim=1)
 
 
 def _sweep(
@@ -274,7 +280,7 @@ def _sweep(
     inner, of_bias = (torch.zeros((), dtype=dtype, device=keys.device) for _ in range(2))
     of_rows = zeros(problem.row_params, needs_rows) if needs_rows else None
     of_columns = zeros(problem.column_params, needs_columns) if needs_columns else None
-    totals: list[Tensor] = []
+    totals = [inner.new_zeros(function.outputs)]
     for rows, panel in problem.panels():
         outputs, pull_back = function(panel)
         if incoming is None:
@@ -301,8 +307,7 @@ def _sweep(
             if needs_b and not needs_a:
                 inner += (of_panel * columns).sum()
             product_b += of_panel
-    sums = torch.stack(totals).sum(dim=0) if totals else inner.new_empty(0)
-    return sums, [
+    return torch.stack(totals).sum(dim=0), [
         product_a.mul_(problem.scale) if needs_a else None,
         product_b.mul_(problem.scale) if needs_b else None,
         inner if needs_scale else None,

@@ -85,11 +85,12 @@ class Run(NamedTuple):
         Mean and sum take one sweep over S for value and gradients; the losses of the rows take another for backward.
         """
         self.check_is_tiled()
+        operands |= {"group": self.group, "call": self.call}
         if self.reduction == "none":
-            (loss,) = panel_rows(function, a, b, group=self.group, **operands)
+            (loss,) = panel_rows(function, a, b, **operands)
             return self.reduce(loss, weight)
         weights = None if weight is None else weight.detach()
-        (loss,) = panel_sum(function, a, b, weights=weights, group=self.group, **operands)
+        (loss,) = panel_sum(function, a, b, weights=weights, **operands)
         both = self.over_ranks(torch.stack((loss, loss.new_full((), a.shape[0]))), "sum")
         return both[0] / both[1] if self.reduction == "mean" else both[0]
 
@@ -122,7 +123,7 @@ class Run(NamedTuple):
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows of all ranks of the group, without gradient."""
-        return x if self.group is None else torch.ops.fastcl.gather_over_ranks(x, self.group.group_name)[0]
+        return x if self.group is None else torch.ops.fastcl.gather_over_ranks(x, self.group.group_name, self.call)[0]
 
 
 def over_ranks(x: Tensor, operation: str, group: ProcessGroup | None) -> Tensor:
