@@ -54,7 +54,7 @@ INFO_NCE = Plan((Term(Reduce.LSE, NEITHER), Term(Reduce.SUM, Mask(target=True)),
 
 WEIGHTS = {"MIRROR": False, "GROUP_M": 8}
 PANEL = {"TERMS": constants(INFO_NCE).row_terms, "USES_SELF": True, "USES_TARGET": True, "GROUP_M": 8}
-ONE_TERM = {"SELF": 2, "TARGET": 2}
+ONE_TERM = {"TERMS": ((0, 2, 2),)}
 CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("sweep_symmetric", sweep_kernel, constants(NT_XENT).as_arguments()),
     ("sweep", sweep_kernel, constants(CLIP).as_arguments()),
@@ -103,7 +103,8 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capabilit
 def compile_at(
     kernel: Any, dtype: str, precision: str, constants: dict[str, Any], capability: int, config: tuning.Config
 ) -> Any:
-    tile = {
+    tile = {"PIECE": min(config.piece, config.block_m, config.block_n)} if "PIECE" in kernel.arg_names else {}
+    tile |= {
         "EVEN_D": False,
         "PRECISION": precision,
         "BLOCK_M": config.block_m,

@@ -78,8 +78,8 @@ def finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, ow
     )
     own, other = (x.a, x.b) if own_is_row else (x.b, x.a)
     config = launch.configuration("redo", x.a, own.shape[0], other.shape[0])
-    for lse, (reduce, self_test, target_test) in zip(result, terms, strict=True):
-        if reduce == LSE_CODE:
+    for lse, term in zip(result, terms, strict=True):
+        if term[0] == LSE_CODE:
             redo_kernel[(triton.cdiv(count, config.block_m),)](
                 own,
                 other,
@@ -95,8 +95,7 @@ def finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, ow
                 x.self_offset,
                 x.threshold,
                 OWN_IS_ROW=own_is_row,
-                SELF=self_test,
-                TARGET=target_test,
+                TERMS=(term,),
                 **launch.tile_arguments(x, config),
             )
     return result

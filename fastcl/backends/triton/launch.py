@@ -65,7 +65,8 @@ def capability(x: Tensor) -> tuple[int, int] | None:
 
 def constant_arguments(constants: Constants, x: Inputs, config: tuning.Config) -> dict[str, Any]:
     """Keyword arguments of a kernel that walks tiles for all of a plan's terms."""
-    return constants.as_arguments() | tile_arguments(x, config)
+    piece = min(config.piece, config.block_m, config.block_n)
+    return constants.as_arguments() | tile_arguments(x, config) | {"PIECE": piece}
 
 
 def tile_arguments(x: Inputs, config: tuning.Config) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
         **launch.tile_arguments(x, config),
     )
     statistics = finished(codes.row_terms, partials, x, own_is_row=True)
-    lse, (_, self_test, target_test) = _of(codes, statistics, LSE_CODE)
+    lse, term = _of(codes, statistics, LSE_CODE)
     config = launch.configuration("redo", x.a, n, m)
     sharing = min(triton.cdiv(m, config.block_n), _PROGRAMS_OF_A_REPAIR)
     repair_kernel[(triton.cdiv(n, config.block_m), sharing)](
@@ -154,8 +154,7 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
         x.self_offset,
         x.threshold,
         panel.stride(0),
-        SELF=self_test,
-        TARGET=target_test,
+        TERMS=(term,),
         **launch.tile_arguments(x, config),
     )
     return statistics

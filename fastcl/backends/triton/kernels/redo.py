@@ -8,10 +8,14 @@ import triton
 import triton.language as tl
 
 from fastcl.backends.triton.kernels.tile import (
+    ABSENT,
+    ALONG_COLUMNS,
+    ALONG_ROWS,
     LN_2,
     LOG2_E,
     REQUIRED,
     inner_products,
+    pair_tests,
     target_columns,
     where_admitted,
 )
@@ -33,8 +37,7 @@ def redo_kernel(
     self_offset,
     threshold,
     OWN_IS_ROW: tl.constexpr,
-    SELF: tl.constexpr,
-    TARGET: tl.constexpr,
+    TERMS: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -50,7 +53,7 @@ def redo_kernel(
         return
 
     scale_log2 = tl.load(scale_ptr) * LOG2_E
-    USES_TARGET: tl.constexpr = TARGET != 0
+    USES_TARGET: tl.constexpr = TERMS[0][2] != ABSENT
     targets = own
     if OWN_IS_ROW:
         targets = target_columns(target_ptr, own, own_count, USES_TARGET)
@@ -60,26 +63,22 @@ def redo_kernel(
         other = start + tl.arange(0, BLOCK_N)
         inside = (own < own_count)[:, None] & (other < other_count)[None, :]
         if OWN_IS_ROW:
-            is_self = other[None, :] - own[:, None] == self_offset
-            is_target = other[None, :] == targets[:, None]
+            tests = pair_tests(own, other, self_offset, targets, ALONG_ROWS)
         else:
-            is_self = own[:, None] - other[None, :] == self_offset
             targets_of_other = target_columns(target_ptr, other, other_count, USES_TARGET)
-            is_target = own[:, None] == targets_of_other[None, :]
+            tests = pair_tests(own, other, -self_offset, targets_of_other, ALONG_COLUMNS)
 
         # a mask that requires a test leaves nearly every tile without a pair
         needed = True
-        if TARGET == REQUIRED:
-            needed = tl.max(tl.max(is_target.to(tl.int32), axis=1), axis=0) > 0
-        elif SELF == REQUIRED:
-            needed = tl.max(tl.max(is_self.to(tl.int32), axis=1), axis=0) > 0
+        for k in tl.static_range(len(tests)):
+            if TERMS[0][k + 1] == REQUIRED:
+                needed = needed & (tl.max(tl.max(tests[k].to(tl.int32), axis=1), axis=0) > 0)
         if needed:
             products = inner_products(
                 own_ptr, other_ptr, own, other, own_count, other_count, d, stride_own, stride_other,
                 BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
             )  # fmt: skip
-            logits = tl.where(inside, products * scale_log2, float("-inf"))
-            logits = where_admitted(logits, float("-inf"), None, is_self, is_target, SELF, TARGET)
+            logits = where_admitted(products * scale_log2, float("-inf"), inside, tests, TERMS, 0)
             new_largest = tl.maximum(largest, tl.max(logits, axis=1))
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
             total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(logits - base[:, None]), axis=1)

@@ -72,28 +72,69 @@ def target_columns(target_ptr, rows, n, USES_TARGET: tl.constexpr):
 
 
 @triton.jit
-def any_between(values, first, last):
-    """Whether a value lies in [first, last), as a scalar that the whole program branches on."""
-    return tl.max(((values >= first) & (values < last)).to(tl.int32), axis=0) > 0
+def holds_exceptional(
+    i0,
+    j0,
+    n,
+    m,
+    self_offset,
+    row_targets,
+    column_targets,
+    SYMMETRIC: tl.constexpr,
+    USES_SELF: tl.constexpr,
+    USES_TARGET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Whether a mask may treat pairs of a tile apart, as a scalar that the whole program branches on."""
+    exceptional = (i0 + BLOCK_M > n) | (j0 + BLOCK_N > m)
+    if SYMMETRIC:
+        exceptional = exceptional | (i0 == j0)
+    if USES_SELF:
+        exceptional = exceptional | ((self_offset > j0 - i0 - BLOCK_M) & (self_offset < j0 - i0 + BLOCK_N))
+    if USES_TARGET:
+        hits = (row_targets >= j0) & (row_targets < j0 + BLOCK_N)
+        if SYMMETRIC:
+            hits = hits | ((column_targets >= i0) & (column_targets < i0 + BLOCK_M))
+        exceptional = exceptional | (tl.max(hits.to(tl.int32), axis=0) > 0)
+    return exceptional
 
 
 @triton.jit
-def where_admitted(values, nothing, inside, is_self, is_target, SELF: tl.constexpr, TARGET: tl.constexpr):
-    """The values of pairs that a mask (fastcl.terms.Mask) admits, ``nothing`` for the others.
+def pair_tests(rows, columns, self_offset, targets, TARGETS_OF: tl.constexpr):
+    """The tests of a mask (fastcl.terms.Mask) on each pair of a tile, in the order in which a term's code names them.
+
+    ``targets`` are those of the rows, or in a symmetric plan's mirror image (j, i) those of the columns.
+    """
+    is_self = columns[None, :] - rows[:, None] == self_offset
+    if TARGETS_OF == ALONG_ROWS:
+        is_target = columns[None, :] == targets[:, None]
+    else:
+        is_target = rows[:, None] == targets[None, :]
+    return is_self, is_target
+
+
+@triton.jit
+def requires_a_test(TERMS: tl.constexpr, T: tl.constexpr):
+    """Whether a term's mask admits only the pairs that a test names."""
+    required: tl.constexpr = TERMS[T][1] == REQUIRED or TERMS[T][2] == REQUIRED
+    return required
+
+
+@triton.jit
+def where_admitted(values, nothing, inside, tests, TERMS: tl.constexpr, T: tl.constexpr):
+    """The values of pairs that a term's mask admits, ``nothing`` for the others.
 
     One selection for each test and not one by their conjunction: LLVM packs a tile of conjunctions into registers of
-    bits, and the kernels spill. ``inside`` may be None; an exceptional pair is inside by construction.
+    bits, and the kernels spill. ``inside`` may be None.
     """
-    if SELF == REQUIRED:
-        values = tl.where(is_self, values, nothing)
-    if TARGET == REQUIRED:
-        values = tl.where(is_target, values, nothing)
-    if SELF != REQUIRED and TARGET != REQUIRED and inside is not None:
+    if inside is not None:
         values = tl.where(inside, values, nothing)
-    if SELF == FORBIDDEN:
-        values = tl.where(is_self, nothing, values)
-    if TARGET == FORBIDDEN:
-        values = tl.where(is_target, nothing, values)
+    for k in tl.static_range(len(tests)):
+        if TERMS[T][k + 1] == REQUIRED:
+            values = tl.where(tests[k], values, nothing)
+        elif TERMS[T][k + 1] == FORBIDDEN:
+            values = tl.where(tests[k], nothing, values)
     return values
 
 
