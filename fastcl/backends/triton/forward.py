@@ -12,7 +12,7 @@ from fastcl.backends.triton import launch
 from fastcl.backends.triton.kernels.combine import combine_kernel
 from fastcl.backends.triton.kernels.redo import redo_kernel
 from fastcl.backends.triton.kernels.sweep import sweep_kernel
-from fastcl.backends.triton.plan import LSE_CODE, MAX_CODE, TermCode, constants
+from fastcl.backends.triton.plan import LSE_CODE, TermCode, constants
 from fastcl.terms import Plan, Statistics
 
 _MOST_SUPER_TILES = 32
@@ -25,8 +25,8 @@ def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
     config = launch.configuration("sweep_symmetric" if plan.symmetric else "sweep", x.a, n, m)
     super_rows, row_slots = _super_tiles(n, config.block_m)
     super_columns, column_slots = _super_tiles(m, config.block_n)
-    row_partials = _no_partials(codes.row_terms, column_slots, n, x.a)
-    column_partials = row_partials if plan.symmetric else _no_partials(codes.column_terms, row_slots, m, x.a)
+    row_partials = _partials(codes.row_terms, column_slots, n, x.a)
+    column_partials = row_partials if plan.symmetric else _partials(codes.column_terms, row_slots, m, x.a)
     with launch.on_device(x.a):
         sweep_kernel[(row_slots, column_slots)](
             x.a,
@@ -59,12 +59,8 @@ def _super_tiles(count: int, multiple: int) -> tuple[int, int]:
     return side, math.ceil(count / side)
 
 
-def _no_partials(terms: tuple[TermCode, ...], slots: int, count: int, like: Tensor) -> Tensor:
-    partials = torch.zeros(len(terms), slots, count, dtype=torch.float32, device=like.device)
-    for partial, (reduce, _, _) in zip(partials, terms, strict=True):
-        if reduce == MAX_CODE:
-            partial.fill_(-math.inf)
-    return partials
+def _partials(terms: tuple[TermCode, ...], slots: int, count: int, like: Tensor) -> Tensor:
+    return torch.empty(len(terms), slots, count, dtype=torch.float32, device=like.device)
 
 
 def finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, own_is_row: bool) -> Tensor:

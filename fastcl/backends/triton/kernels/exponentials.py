@@ -8,7 +8,7 @@ backward, and made again with L in the shift's place.
 import triton
 import triton.language as tl
 
-from fastcl.backends.triton.kernels.sweep import reduce_tile
+from fastcl.backends.triton.kernels.sweep import all_nothing, merge_tile
 from fastcl.backends.triton.kernels.tile import (
     ABSENT,
     ALONG_ROWS,
@@ -85,16 +85,17 @@ def exponentials_kernel(
     shift_log2 = tl.load(shift_ptr) * LOG2_E
 
     row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
+    partials = all_nothing(BLOCK_M, TERMS)
     if holds_exceptional(
         i0, j0, n, m, self_offset, row_targets, row_targets, False, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N
     ):
         inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
         tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
         exponentials = _exponentials(products, scale, shift_log2, inside, tests, TERMS, True)
-        partials = reduce_tile(products, scale, shift_log2, inside, tests, TERMS, ALONG_ROWS, BLOCK_M, True)
+        partials = merge_tile(partials, products, scale, shift_log2, inside, tests, TERMS, ALONG_ROWS, True)
     else:
         exponentials = _exponentials(products, scale, shift_log2, None, (), TERMS, False)
-        partials = reduce_tile(products, scale, shift_log2, None, (), TERMS, ALONG_ROWS, BLOCK_M, False)
+        partials = merge_tile(partials, products, scale, shift_log2, None, (), TERMS, ALONG_ROWS, False)
 
     for t in tl.static_range(len(TERMS)):
         tl.store(partials_ptr + tl.cast(t * tiles_n + tile_n, tl.int64) * n + rows, partials[t], mask=rows < n)

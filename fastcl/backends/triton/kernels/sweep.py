@@ -42,14 +42,6 @@ def largest(x, y):
 
 
 @triton.jit
-def _merge_all(xs, ys, TERMS: tl.constexpr):
-    merged = ()
-    for t in tl.static_range(len(TERMS)):
-        merged = merged + (merge(xs[t], ys[t], TERMS[t][0]),)
-    return merged
-
-
-@triton.jit
 def nothing(BLOCK: tl.constexpr, REDUCE: tl.constexpr):
     """The partial result of no pairs."""
     if REDUCE == MAX:
@@ -59,7 +51,7 @@ def nothing(BLOCK: tl.constexpr, REDUCE: tl.constexpr):
 
 
 @triton.jit
-def _all_nothing(BLOCK: tl.constexpr, TERMS: tl.constexpr):
+def all_nothing(BLOCK: tl.constexpr, TERMS: tl.constexpr):
     partials = ()
     for t in tl.static_range(len(TERMS)):
         partials = partials + (nothing(BLOCK, TERMS[t][0]),)
@@ -76,34 +68,37 @@ def _reduce_term(
     TERMS: tl.constexpr,
     T: tl.constexpr,
     AXIS: tl.constexpr,
-    BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One term's partial result over a tile; a sum is left unscaled."""
     REDUCE: tl.constexpr = TERMS[T][0]
-    if requires_a_test(TERMS, T) and not MASKED:
-        return nothing(BLOCK, REDUCE)
+    if REDUCE == LSE:
+        # terms with the same logits share this, too: the compiler sees equal expressions
+        values = tl.exp2(products * (scale * LOG2_E) - shift_log2)
+    elif REDUCE == SUM:
+        values = products
     else:
-        if REDUCE == LSE:
-            # terms with the same logits share this, too: the compiler sees equal expressions
-            values = tl.exp2(products * (scale * LOG2_E) - shift_log2)
-        elif REDUCE == SUM:
-            values = products
-        else:
-            values = products * scale
-        if MASKED:
-            if REDUCE == MAX:
-                values = where_admitted(values, float("-inf"), inside, tests, TERMS, T)
-            else:
-                values = where_admitted(values, 0.0, inside, tests, TERMS, T)
+        values = products * scale
+    if MASKED:
         if REDUCE == MAX:
-            return tl.reduce(values, AXIS, largest)
+            values = where_admitted(values, float("-inf"), inside, tests, TERMS, T)
         else:
-            return tl.sum(values, axis=AXIS)
+            values = where_admitted(values, 0.0, inside, tests, TERMS, T)
+    if REDUCE == MAX:
+        return tl.reduce(values, AXIS, largest)
+    else:
+        return tl.sum(values, axis=AXIS)
+
+
+@triton.constexpr_function
+def has_part(terms, t, masked):
+    """Whether a tile can add to term t: one that is not exceptional has no pair that a test names."""
+    return masked or not requires_a_test(terms, t)
 
 
 @triton.jit
-def reduce_tile(
+def merge_tile(
+    partials,
     products,
     scale,
     shift_log2,
@@ -111,16 +106,17 @@ def reduce_tile(
     tests,
     TERMS: tl.constexpr,
     AXIS: tl.constexpr,
-    BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Every term's partial result over a tile; only an exceptional tile needs to be MASKED."""
-    partials = ()
+    """Every term's partial results so far, with a tile's; only an exceptional tile needs to be MASKED."""
+    merged = ()
     for t in tl.static_range(len(TERMS)):
-        partials = partials + (
-            _reduce_term(products, scale, shift_log2, inside, tests, TERMS, t, AXIS, BLOCK, MASKED),
-        )
-    return partials
+        if has_part(TERMS, t, MASKED):
+            partial = _reduce_term(products, scale, shift_log2, inside, tests, TERMS, t, AXIS, MASKED)
+            merged = merged + (merge(partials[t], partial, TERMS[t][0]),)
+        else:
+            merged = merged + (partials[t],)
+    return merged
 
 
 @triton.jit
@@ -134,21 +130,25 @@ def _start(partials_ptr, begin, end, count, slots, slot, TERMS: tl.constexpr, BL
 
 
 @triton.jit
-def _so_far(partials_ptr, index, count, slots, slot, TERMS: tl.constexpr):
-    """What this program's own slot holds."""
+def _load(partials_ptr, index, count, slots, slot, TERMS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """What this program's own slot holds for the terms that a tile can add to."""
     partials = ()
     for t in tl.static_range(len(TERMS)):
-        at = partials_ptr + tl.cast(t * slots + slot, tl.int64) * count + index
-        partials = partials + (tl.load(at, mask=index < count, other=0.0),)
+        if has_part(TERMS, t, MASKED):
+            at = partials_ptr + tl.cast(t * slots + slot, tl.int64) * count + index
+            partials = partials + (tl.load(at, mask=index < count, other=0.0),)
+        else:
+            partials = partials + (nothing(BLOCK, TERMS[t][0]),)
     return partials
 
 
 @triton.jit
-def _accumulate(partials_ptr, so_far, partials, index, count, slots, slot, TERMS: tl.constexpr):
-    """Adds to this program's own slot; the barrier orders it before the next read of the same numbers."""
+def _store(partials_ptr, partials, index, count, slots, slot, TERMS: tl.constexpr, MASKED: tl.constexpr):
+    """Back to this program's own slot; the barrier orders it before the next load of the same numbers."""
     for t in tl.static_range(len(TERMS)):
-        at = partials_ptr + tl.cast(t * slots + slot, tl.int64) * count + index
-        tl.store(at, merge(so_far[t], partials[t], TERMS[t][0]), mask=index < count)
+        if has_part(TERMS, t, MASKED):
+            at = partials_ptr + tl.cast(t * slots + slot, tl.int64) * count + index
+            tl.store(at, partials[t], mask=index < count)
     tl.debug_barrier()
 
 
@@ -187,22 +187,21 @@ def _sweep_piece(
     )
     row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
     tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
-    if len(ROW_TERMS) > 0:
-        # one comparison a pair: rows and columns over the edge get an empty range
-        inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
-        partials = reduce_tile(products, scale, shift_log2, inside, tests, ROW_TERMS, ALONG_ROWS, PIECE, True)
-        so_far = _so_far(row_partials_ptr, rows, n, tl.num_programs(1), c, ROW_TERMS)
-        _accumulate(row_partials_ptr, so_far, partials, rows, n, tl.num_programs(1), c, ROW_TERMS)
-    if len(COLUMN_TERMS) > 0:
-        # nothing on a symmetric plan's diagonal is mirrored
-        if not SYMMETRIC or i0 < j0:
-            inside = rows[:, None] < tl.where(columns < m, n, 0)[None, :]
-            if SYMMETRIC:
-                column_targets = target_columns(target_ptr, columns, m, USES_TARGET)
-                tests = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
-            partials = reduce_tile(products, scale, shift_log2, inside, tests, COLUMN_TERMS, ALONG_COLUMNS, PIECE, True)
-            so_far = _so_far(column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS)
-            _accumulate(column_partials_ptr, so_far, partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS)
+    # one comparison a pair: rows and columns over the edge get an empty range
+    inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
+    partials = _load(row_partials_ptr, rows, n, tl.num_programs(1), c, ROW_TERMS, PIECE, True)
+    partials = merge_tile(partials, products, scale, shift_log2, inside, tests, ROW_TERMS, ALONG_ROWS, True)
+    _store(row_partials_ptr, partials, rows, n, tl.num_programs(1), c, ROW_TERMS, True)
+
+    # nothing on a symmetric plan's diagonal is mirrored
+    if not SYMMETRIC or i0 < j0:
+        inside = rows[:, None] < tl.where(columns < m, n, 0)[None, :]
+        if SYMMETRIC:
+            column_targets = target_columns(target_ptr, columns, m, USES_TARGET)
+            tests = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
+        partials = _load(column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS, PIECE, True)
+        partials = merge_tile(partials, products, scale, shift_log2, inside, tests, COLUMN_TERMS, ALONG_COLUMNS, True)
+        _store(column_partials_ptr, partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS, True)
 
 
 @triton.jit(do_not_specialize=["self_offset"])
@@ -253,7 +252,7 @@ def sweep_kernel(
     for i0 in range(row_begin, row_end, BLOCK_M):
         rows = i0 + tl.arange(0, BLOCK_M)
         row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
-        row_partials = _all_nothing(BLOCK_M, ROW_TERMS)
+        row_partials = all_nothing(BLOCK_M, ROW_TERMS)
         first_column = column_begin
         if SYMMETRIC:
             first_column = tl.maximum(column_begin, i0)
@@ -279,20 +278,22 @@ def sweep_kernel(
                         )  # fmt: skip
             else:
                 # asked for before the products, so that nobody waits for it after them
-                so_far = _so_far(column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS)
+                column_partials = _load(
+                    column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS, BLOCK_N, False
+                )
                 products = inner_products(
                     a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b,
                     BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
                 )  # fmt: skip
-                partials = reduce_tile(products, scale, shift_log2, None, (), ROW_TERMS, ALONG_ROWS, BLOCK_M, False)
-                row_partials = _merge_all(row_partials, partials, ROW_TERMS)
-                if len(COLUMN_TERMS) > 0:
-                    partials = reduce_tile(
-                        products, scale, shift_log2, None, (), COLUMN_TERMS, ALONG_COLUMNS, BLOCK_N, False
-                    )
-                    _accumulate(
-                        column_partials_ptr, so_far, partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS
-                    )
-        if len(ROW_TERMS) > 0:
-            so_far = _so_far(row_partials_ptr, rows, n, tl.num_programs(1), c, ROW_TERMS)
-            _accumulate(row_partials_ptr, so_far, row_partials, rows, n, tl.num_programs(1), c, ROW_TERMS)
+                row_partials = merge_tile(
+                    row_partials, products, scale, shift_log2, None, (), ROW_TERMS, ALONG_ROWS, False
+                )
+                column_partials = merge_tile(
+                    column_partials, products, scale, shift_log2, None, (), COLUMN_TERMS, ALONG_COLUMNS, False
+                )
+                _store(column_partials_ptr, column_partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS, False)
+        so_far = _load(row_partials_ptr, rows, n, tl.num_programs(1), c, ROW_TERMS, BLOCK_M, False)
+        merged = ()
+        for t in tl.static_range(len(ROW_TERMS)):
+            merged = merged + (merge(so_far[t], row_partials[t], ROW_TERMS[t][0]),)
+        _store(row_partials_ptr, merged, rows, n, tl.num_programs(1), c, ROW_TERMS, False)

@@ -114,11 +114,10 @@ def pair_tests(rows, columns, self_offset, targets, TARGETS_OF: tl.constexpr):
     return is_self, is_target
 
 
-@triton.jit
-def requires_a_test(TERMS: tl.constexpr, T: tl.constexpr):
-    """Whether a term's mask admits only the pairs that a test names."""
-    required: tl.constexpr = TERMS[T][1] == REQUIRED or TERMS[T][2] == REQUIRED
-    return required
+@triton.constexpr_function
+def requires_a_test(terms, t):
+    """Whether the mask of term t admits only the pairs that a test names."""
+    return REQUIRED.value in terms[t][1:]
 
 
 @triton.jit

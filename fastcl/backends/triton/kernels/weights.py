@@ -148,7 +148,9 @@ def _masked_weights(
 
 
 @triton.jit
-def _store(panel_ptr, panel_stride, weights, i, j, mirrored, multiplier_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def _store(
+    panel_ptr, panel_stride, weights, i, j, mirrored, multiplier_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
     """Writes a tile to row i and column j of the panel, and if ``mirrored`` transposed to row j and column i."""
     if multiplier_ptr is not None:
         weights *= tl.load(multiplier_ptr)
@@ -260,5 +262,13 @@ def weights_kernel(
             COLUMN_TERMS, ALONG_COLUMNS,
         )  # fmt: skip
         _store(
-            panel_ptr, panel_stride, weights, i0 - row_begin, j0 - column_begin, MIRROR, multiplier_ptr, BLOCK_M, BLOCK_N
+            panel_ptr,
+            panel_stride,
+            weights,
+            i0 - row_begin,
+            j0 - column_begin,
+            MIRROR,
+            multiplier_ptr,
+            BLOCK_M,
+            BLOCK_N,
         )
