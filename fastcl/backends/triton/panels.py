@@ -102,10 +102,8 @@ def _rows_of(x: launch.Inputs, rows: slice) -> launch.Inputs:
 
 
 def _rows_of_head(head: CrossEntropy, rows: slice) -> CrossEntropy:
-    def vector(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[rows].detach().float().contiguous()
-
-    return replace(head, positive=vector(head.positive), weights=vector(head.weights))
+    positive, weights = (None if x is None else launch.vector(x[rows]) for x in (head.positive, head.weights))
+    return replace(head, positive=positive, weights=weights)
 
 
 def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tuning.Config) -> Tensor:
@@ -127,6 +125,7 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
         x.a.stride(0),
         x.b.stride(0),
         x.self_offset,
+        x.first_column,
         panel.stride(0),
         TERMS=codes.row_terms,
         USES_SELF=codes.uses_self,
@@ -152,6 +151,7 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
         x.a.stride(0),
         x.b.stride(0),
         x.self_offset,
+        x.first_column,
         x.threshold,
         panel.stride(0),
         TERMS=(term,),
@@ -185,6 +185,7 @@ def _apply(
         n,
         m,
         x.self_offset,
+        x.first_column,
         x.threshold,
         share,
         panel.stride(0),

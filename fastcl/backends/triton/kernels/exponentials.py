@@ -42,7 +42,7 @@ def _exponentials(
     return values
 
 
-@triton.jit(do_not_specialize=["self_offset"])
+@triton.jit(do_not_specialize=["self_offset", "first_column"])
 def exponentials_kernel(
     a_ptr,
     b_ptr,
@@ -57,6 +57,7 @@ def exponentials_kernel(
     stride_a,
     stride_b,
     self_offset,
+    first_column,
     panel_stride,
     TERMS: tl.constexpr,
     USES_SELF: tl.constexpr,
@@ -84,7 +85,7 @@ def exponentials_kernel(
     scale = tl.load(scale_ptr)
     shift_log2 = tl.load(shift_ptr) * LOG2_E
 
-    row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
+    row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
     partials = all_nothing(BLOCK_M, TERMS)
     if holds_exceptional(
         i0, j0, n, m, self_offset, row_targets, row_targets, False, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N
@@ -104,7 +105,7 @@ def exponentials_kernel(
     tl.store(corner + offsets, exponentials.to(panel_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["self_offset"])
+@triton.jit(do_not_specialize=["self_offset", "first_column"])
 def repair_kernel(
     a_ptr,
     b_ptr,
@@ -119,6 +120,7 @@ def repair_kernel(
     stride_a,
     stride_b,
     self_offset,
+    first_column,
     threshold,
     panel_stride,
     TERMS: tl.constexpr,
@@ -138,7 +140,7 @@ def repair_kernel(
     scale_log2 = tl.load(scale_ptr) * LOG2_E
     lse_log2 = tl.where(flagged, lse * LOG2_E, float("inf"))
     USES_TARGET: tl.constexpr = TERMS[0][2] != ABSENT
-    targets = target_columns(target_ptr, rows, n, USES_TARGET)
+    targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
     panel_rows = panel_ptr + rows.to(tl.int64)[:, None] * panel_stride
     for j0 in range(tl.program_id(1) * BLOCK_N, m, tl.num_programs(1) * BLOCK_N):
         columns = j0 + tl.arange(0, BLOCK_N)

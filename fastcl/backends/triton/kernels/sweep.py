@@ -169,6 +169,7 @@ def _sweep_piece(
     stride_a,
     stride_b,
     self_offset,
+    first_column,
     ROW_TERMS: tl.constexpr,
     COLUMN_TERMS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -185,7 +186,7 @@ def _sweep_piece(
     products = inner_products(
         a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, PIECE, PIECE, BLOCK_D, EVEN_D, PRECISION
     )
-    row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
+    row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
     tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
     # one comparison a pair: rows and columns over the edge get an empty range
     inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
@@ -197,14 +198,14 @@ def _sweep_piece(
     if not SYMMETRIC or i0 < j0:
         inside = rows[:, None] < tl.where(columns < m, n, 0)[None, :]
         if SYMMETRIC:
-            column_targets = target_columns(target_ptr, columns, m, USES_TARGET)
+            column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
             tests = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
         partials = _load(column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS, PIECE, True)
         partials = merge_tile(partials, products, scale, shift_log2, inside, tests, COLUMN_TERMS, ALONG_COLUMNS, True)
         _store(column_partials_ptr, partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS, True)
 
 
-@triton.jit(do_not_specialize=["self_offset"])
+@triton.jit(do_not_specialize=["self_offset", "first_column"])
 def sweep_kernel(
     a_ptr,
     b_ptr,
@@ -219,6 +220,7 @@ def sweep_kernel(
     stride_a,
     stride_b,
     self_offset,
+    first_column,
     super_rows,
     super_columns,
     ROW_TERMS: tl.constexpr,
@@ -251,17 +253,17 @@ def sweep_kernel(
 
     for i0 in range(row_begin, row_end, BLOCK_M):
         rows = i0 + tl.arange(0, BLOCK_M)
-        row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
+        row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
         row_partials = all_nothing(BLOCK_M, ROW_TERMS)
-        first_column = column_begin
+        begin = column_begin
         if SYMMETRIC:
-            first_column = tl.maximum(column_begin, i0)
+            begin = tl.maximum(column_begin, i0)
 
-        for j0 in range(first_column, column_end, BLOCK_N):
+        for j0 in range(begin, column_end, BLOCK_N):
             columns = j0 + tl.arange(0, BLOCK_N)
             column_targets = columns
             if SYMMETRIC:
-                column_targets = target_columns(target_ptr, columns, m, USES_TARGET)
+                column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
             if holds_exceptional(
                 i0, j0, n, m, self_offset, row_targets, column_targets,
                 SYMMETRIC, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N,
@@ -273,7 +275,7 @@ def sweep_kernel(
                     for j in range(first_piece, tl.minimum(j0 + BLOCK_N, m), PIECE):
                         _sweep_piece(
                             a_ptr, b_ptr, scale, shift_log2, target_ptr, row_partials_ptr, column_partials_ptr,
-                            i, j, n, m, d, stride_a, stride_b, self_offset,
+                            i, j, n, m, d, stride_a, stride_b, self_offset, first_column,
                             ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, EVEN_D, PRECISION, PIECE, BLOCK_D,
                         )  # fmt: skip
             else:

@@ -63,10 +63,14 @@ def self_columns(rows, self_offset, n, m):
 
 
 @triton.jit
-def target_columns(target_ptr, rows, n, USES_TARGET: tl.constexpr):
-    """The column of each row's target, -1 where that lies outside of S (see ``launch.inputs``) or is not looked at."""
+def target_columns(target_ptr, rows, n, m, first_column, USES_TARGET: tl.constexpr):
+    """The column of each row's target, -1 where that lies outside of S or is not looked at.
+
+    Targets are global indices, and ``first_column`` is that of the first column of S.
+    """
     if USES_TARGET:
-        return tl.load(target_ptr + rows, mask=rows < n, other=-1)
+        columns = tl.load(target_ptr + rows, mask=rows < n, other=-1) - first_column
+        return tl.where((rows < n) & (columns >= 0) & (columns < m), columns, -1).to(tl.int32)
     else:
         return tl.full(rows.shape, -1, tl.int32)
 

@@ -114,6 +114,7 @@ def _masked_weights(
     stride_a,
     stride_b,
     self_offset,
+    first_column,
     ROW_TERMS: tl.constexpr,
     COLUMN_TERMS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
@@ -129,7 +130,7 @@ def _masked_weights(
     products = inner_products(
         a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, PIECE, PIECE, BLOCK_D, EVEN_D, PRECISION
     )
-    row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
+    row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
     tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
     logits_log2 = products * scale_log2
     weights = tl.zeros((PIECE, PIECE), tl.float32)
@@ -138,7 +139,7 @@ def _masked_weights(
         tests, ROW_TERMS, ALONG_ROWS,
     )  # fmt: skip
     if SYMMETRIC:
-        column_targets = target_columns(target_ptr, columns, m, USES_TARGET)
+        column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
         tests = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
     weights = _add_masked(
         weights, logits_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
@@ -164,7 +165,7 @@ def _store(
         tl.store(corner + in_tile_n[None, :] * panel_stride + in_tile_m[:, None], weights)
 
 
-@triton.jit(do_not_specialize=["self_offset", "row_begin", "column_begin"])
+@triton.jit(do_not_specialize=["self_offset", "first_column", "row_begin", "column_begin"])
 def weights_kernel(
     a_ptr,
     b_ptr,
@@ -183,6 +184,7 @@ def weights_kernel(
     stride_a,
     stride_b,
     self_offset,
+    first_column,
     threshold,
     row_begin,
     row_end,
@@ -221,10 +223,10 @@ def weights_kernel(
     columns = j0 + tl.arange(0, BLOCK_N)
     scale_log2 = tl.load(scale_ptr) * LOG2_E
     shift = tl.load(shift_ptr)
-    row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
+    row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
     column_targets = columns
     if SYMMETRIC:
-        column_targets = target_columns(target_ptr, columns, m, USES_TARGET)
+        column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
     rare = holds_exceptional(
         i0, j0, n, m, self_offset, row_targets, column_targets,
         SYMMETRIC, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N,
@@ -240,7 +242,7 @@ def weights_kernel(
                 weights = _masked_weights(
                     a_ptr, b_ptr, scale_log2, target_ptr,
                     row_statistics_ptr, column_statistics_ptr, row_incoming_ptr, column_incoming_ptr,
-                    i, j, n, m, d, stride_a, stride_b, self_offset,
+                    i, j, n, m, d, stride_a, stride_b, self_offset, first_column,
                     ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, EVEN_D, PRECISION, PIECE, BLOCK_D,
                 )  # fmt: skip
                 _store(
