@@ -91,7 +91,7 @@ def exponentials_kernel(
         i0, j0, n, m, self_offset, row_targets, row_targets, False, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N
     ):
         inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
-        tests = pair_tests(rows, columns, n, m, self_offset, row_targets, ALONG_ROWS)
+        tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
         exponentials = _exponentials(products, scale, shift_log2, inside, tests, TERMS, True)
         partials = merge_tile(partials, products, scale, shift_log2, inside, tests, TERMS, ALONG_ROWS, True)
     else:
@@ -147,7 +147,7 @@ def repair_kernel(
         products = inner_products(
             a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
         )
-        tests = pair_tests(rows, columns, n, m, self_offset, targets, ALONG_ROWS)
+        tests = pair_tests(rows, columns, self_offset, targets, ALONG_ROWS)
         values = tl.exp2(products * scale_log2 - lse_log2[:, None])
         values = where_admitted(values, 0.0, None, tests, TERMS, 0)
         there = flagged[:, None] & (columns < m)[None, :]

@@ -61,10 +61,10 @@ def redone(
             other = start + tl.arange(0, BLOCK_N)
             inside = (own < own_count)[:, None] & (other < other_count)[None, :]
             if OWN_IS_ROW:
-                tests = pair_tests(own, other, own_count, other_count, self_offset, targets, ALONG_ROWS)
+                tests = pair_tests(own, other, self_offset, targets, ALONG_ROWS)
             else:
                 targets_of_other = target_columns(target_ptr, other, other_count, own_count, first_column, USES_TARGET)
-                tests = pair_tests(own, other, own_count, other_count, -self_offset, targets_of_other, ALONG_COLUMNS)
+                tests = pair_tests(own, other, -self_offset, targets_of_other, ALONG_COLUMNS)
 
             # a mask that requires a test leaves nearly every tile without a pair
             needed = True

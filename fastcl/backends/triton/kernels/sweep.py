@@ -187,7 +187,7 @@ def _sweep_piece(
         a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, PIECE, PIECE, BLOCK_D, EVEN_D, PRECISION
     )
     row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
-    tests = pair_tests(rows, columns, n, m, self_offset, row_targets, ALONG_ROWS)
+    tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
     # one comparison a pair: rows and columns over the edge get an empty range
     inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
     partials = _load(row_partials_ptr, rows, n, tl.num_programs(1), c, ROW_TERMS, PIECE, True)
@@ -199,7 +199,7 @@ def _sweep_piece(
         inside = rows[:, None] < tl.where(columns < m, n, 0)[None, :]
         if SYMMETRIC:
             column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
-            tests = pair_tests(rows, columns, n, m, self_offset, column_targets, ALONG_COLUMNS)
+            tests = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
         partials = _load(column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS, PIECE, True)
         partials = merge_tile(partials, products, scale, shift_log2, inside, tests, COLUMN_TERMS, ALONG_COLUMNS, True)
         _store(column_partials_ptr, partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS, True)

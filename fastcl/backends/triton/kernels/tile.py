@@ -105,12 +105,12 @@ def holds_exceptional(
 
 
 @triton.jit
-def pair_tests(rows, columns, n, m, self_offset, targets, TARGETS_OF: tl.constexpr):
+def pair_tests(rows, columns, self_offset, targets, TARGETS_OF: tl.constexpr):
     """The tests of a mask (fastcl.terms.Mask) on each pair of a tile, in the order in which a term's code names them.
 
     ``targets`` are those of the rows, or in a symmetric plan's mirror image (j, i) those of the columns.
     """
-    is_self = columns[None, :] == self_columns(rows, self_offset, n, m)[:, None]
+    is_self = columns[None, :] - rows[:, None] == self_offset
     if TARGETS_OF == ALONG_ROWS:
         is_target = columns[None, :] == targets[:, None]
     else:
@@ -129,9 +129,9 @@ def where_admitted(values, nothing, inside, tests, TERMS: tl.constexpr, T: tl.co
     """The values of pairs that a term's mask admits, ``nothing`` for the others.
 
     One selection for each test and not one by their conjunction: LLVM packs a tile of conjunctions into registers of
-    bits, and the kernels spill. ``inside`` may be None; a self pair and a target are inside by construction.
+    bits, and the kernels spill. ``inside`` may be None; a target is inside by construction.
     """
-    if inside is not None and not requires_a_test(TERMS, T):
+    if inside is not None and TERMS[T][2] != REQUIRED:
         values = tl.where(inside, values, nothing)
     for k in tl.static_range(len(tests)):
         if TERMS[T][k + 1] == REQUIRED:

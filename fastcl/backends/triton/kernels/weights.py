@@ -131,7 +131,7 @@ def _masked_weights(
         a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, PIECE, PIECE, BLOCK_D, EVEN_D, PRECISION
     )
     row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
-    tests = pair_tests(rows, columns, n, m, self_offset, row_targets, ALONG_ROWS)
+    tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
     logits_log2 = products * scale_log2
     weights = tl.zeros((PIECE, PIECE), tl.float32)
     weights = _add_masked(
@@ -140,7 +140,7 @@ def _masked_weights(
     )  # fmt: skip
     if SYMMETRIC:
         column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
-        tests = pair_tests(rows, columns, n, m, self_offset, column_targets, ALONG_COLUMNS)
+        tests = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
     weights = _add_masked(
         weights, logits_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
         tests, COLUMN_TERMS, ALONG_COLUMNS,
