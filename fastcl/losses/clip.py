@@ -159,19 +159,26 @@ def reference(
         image_features, text_features = (
             torch.nn.functional.normalize(x, dim=1) for x in (image_features, text_features)
         )
-    similarity = image_features @ text_features.T
-    diagonal = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    positive = diagonal if labels is None else labels[:, None] == labels
-    target = positive.to(similarity.dtype) / positive.sum(dim=1, keepdim=True)
-    target = (1 - label_smoothing) * target + label_smoothing / len(target)
-    losses = []
-    for s in (similarity, similarity.T):
-        dropped = torch.zeros_like(diagonal)
+    logits = logit_scale * image_features @ text_features.T
+    if logit_bias is not None:
+        logits = logits + logit_bias
+    directions = (logits, logits.T)
+    if ids is not None or false_negative_margin is not None or labels is not None:
+        diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        positive = diagonal if labels is None else labels[:, None] == labels
+        dropped = [torch.zeros_like(diagonal), torch.zeros_like(diagonal)]
         if ids is not None:
-            dropped |= (ids[:, None] == ids) & ~positive
+            dropped = [d | (ids[:, None] == ids) for d in dropped]
         if false_negative_margin is not None:
-            dropped |= (s > s.diagonal()[:, None] + false_negative_margin) & ~positive
-        logits = logit_scale * s if logit_bias is None else logit_scale * s + logit_bias
-        log_p = logits.masked_fill(dropped, float("-inf")).log_softmax(dim=1)
-        losses.append(-(target * log_p.masked_fill(dropped, 0.0)).sum(dim=1))
-    return 0.5 * (losses[0] + losses[1])
+            margin = false_negative_margin * logit_scale
+            dropped = [d | (s > s.diagonal()[:, None] + margin) for d, s in zip(dropped, directions, strict=True)]
+        directions = [s.masked_fill(d & ~positive, float("-inf")) for s, d in zip(directions, dropped, strict=True)]
+    if labels is not None:
+        log_p = [s.log_softmax(dim=1).masked_fill(~positive, 0.0) for s in directions]
+        return -0.5 * (log_p[0] + log_p[1]).sum(dim=1) / positive.sum(dim=1)
+    target = torch.arange(len(logits), device=logits.device)
+    by_row, by_column = (
+        torch.nn.functional.cross_entropy(s, target, reduction="none", label_smoothing=label_smoothing)
+        for s in directions
+    )
+    return 0.5 * (by_row + by_column)

@@ -260,29 +260,31 @@ def reference(
         query, key = (torch.nn.functional.normalize(x, dim=1) for x in (query, key))
         negatives = None if negatives is None else torch.nn.functional.normalize(negatives, dim=-1)
     rows = torch.arange(len(query), device=query.device)
-    if negatives is not None:
-        others = torch.einsum("nd,nkd->nk", query, negatives) if negatives.dim() == 3 else query @ negatives.T
-        similarity = torch.cat(((query * key).sum(dim=1, keepdim=True), others), dim=1)
-        target = torch.zeros_like(rows)
-    else:
-        similarity = query @ key.T
+    if negatives is None:
+        logits = query @ key.T
         target = rows if target is None else target
-    positive = torch.zeros_like(similarity, dtype=torch.bool)
-    if labels is None:
-        positive[rows, target.clamp_min(0)] = target >= 0
     else:
-        positive = (labels[0][:, None] - labels[1]).abs() <= label_width
-    dropped = torch.zeros_like(positive)
-    if ids is not None:
-        dropped[:, similarity.shape[1] - len(ids[1]) :] = ids[0][:, None] == ids[1]
-    if false_negative_margin is not None:
-        dropped |= similarity > similarity[rows, target.clamp_min(0)][:, None] + false_negative_margin
-    dropped &= ~positive
+        others = torch.einsum("nd,nkd->nk", query, negatives) if negatives.dim() == 3 else query @ negatives.T
+        logits = torch.cat(((query * key).sum(dim=1, keepdim=True), others), dim=1)
+        target = torch.zeros_like(rows)
     temperature = tau[:, None] if isinstance(tau, Tensor) and tau.dim() == 1 else tau
-    log_p = (similarity / temperature).masked_fill(dropped, float("-inf")).log_softmax(dim=1)
-    count = positive.sum(dim=1, keepdim=True)
-    share = (1 - label_smoothing) * positive.to(log_p.dtype) / count.clamp_min(1) + label_smoothing / similarity.shape[
-        1
-    ]
-    loss = -(share * log_p.masked_fill(dropped, 0.0)).sum(dim=1)
-    return loss.where(count[:, 0] > 0, 0.0)
+    logits = logits / temperature
+    if ids is not None or false_negative_margin is not None or labels is not None:
+        positive = torch.zeros_like(logits, dtype=torch.bool)
+        if labels is None:
+            positive[rows, target.clamp_min(0)] = True
+        else:
+            positive = (labels[0][:, None] - labels[1]).abs() <= label_width
+        dropped = torch.zeros_like(positive)
+        if ids is not None:
+            dropped[:, logits.shape[1] - len(ids[1]) :] = ids[0][:, None] == ids[1]
+        if false_negative_margin is not None:
+            own = logits.gather(1, target.clamp_min(0)[:, None])
+            dropped |= logits > own + false_negative_margin / temperature
+        logits = logits.masked_fill(dropped & ~positive, float("-inf"))
+    if labels is not None:
+        return -logits.log_softmax(dim=1).masked_fill(~positive, 0.0).sum(dim=1) / positive.sum(dim=1).clamp_min(1)
+    target = target.where(target >= 0, torch.full_like(target, -100))
+    return torch.nn.functional.cross_entropy(
+        logits, target, reduction="none", ignore_index=-100, label_smoothing=label_smoothing
+    )

@@ -143,18 +143,17 @@ def reference(
     if normalize:
         z = torch.nn.functional.normalize(z, dim=1)
     batch = z1.shape[0]
-    similarity = z @ z.T
+    logits = (z @ z.T / tau).fill_diagonal_(float("-inf"))
     positive = torch.arange(2 * batch, device=z.device).roll(batch)
-    dropped = torch.eye(2 * batch, dtype=torch.bool, device=z.device)
+    own = logits.gather(1, positive[:, None])
     if ids is not None:
-        dropped |= ids.repeat(2)[:, None] == ids.repeat(2)
+        logits = logits.masked_fill(ids.repeat(2)[:, None] == ids.repeat(2), float("-inf"))
     if false_negative_margin is not None:
-        dropped |= similarity > similarity.gather(1, positive[:, None]) + false_negative_margin
-    dropped[torch.arange(2 * batch), positive] = False
-    dropped.fill_diagonal_(True)
-    log_p = (similarity / tau).masked_fill(dropped, float("-inf")).log_softmax(dim=1)
-    loss = -log_p[torch.arange(2 * batch), positive]
+        logits = logits.masked_fill(logits > own + false_negative_margin / tau, float("-inf"))
+    if ids is not None or false_negative_margin is not None:
+        logits = logits.scatter(1, positive[:, None], own)
+    loss = torch.nn.functional.cross_entropy(logits, positive, reduction="none")
     if label_smoothing:
-        spread = -log_p.masked_fill(dropped, 0.0).sum(dim=1) / max(2 * batch - 1, 1)
-        loss = (1 - label_smoothing) * loss + label_smoothing * spread
+        total = logits.masked_fill(torch.eye(2 * batch, dtype=torch.bool, device=z.device), 0.0).sum(dim=1)
+        loss = loss + label_smoothing * (own[:, 0] - total / (2 * batch - 1))
     return loss
