@@ -45,6 +45,11 @@ class Loss:
     """whether the mean is computed with its gradients, in an operator that torch.func understands"""
 
     @property
+    def variant(self) -> bool:
+        """Whether the loss is another one with an option, which changes no shape."""
+        return self.name.endswith(("_ids", "_per_query", "_own_negatives"))
+
+    @property
     def symmetric(self) -> bool:
         """Whether the loss looks at half of S."""
         return self.passes_of_rows[0] == 0.5
@@ -263,6 +268,12 @@ def require(loss: Loss, backend: str) -> None:
 
 SHAPES = ((1, 3), (2, 1), (7, 5), (33, 17), (129, 65), (300, 96), (1030, 40))
 """(pairs, dim), none a multiple of anything that a tile is"""
+
+
+def shapes_of(loss: Loss) -> tuple[tuple[int, int], ...]:
+    """All shapes for the losses that run as one operator, which is where tiles and panels are; else a few."""
+    return SHAPES if loss.one_operator and not loss.variant else SHAPES[::3]
+
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -8,13 +8,13 @@ import torch
 from tests.cases import (
     DTYPES,
     LOSSES,
-    SHAPES,
     TOLERANCE,
     Loss,
     available_backends,
     make_features,
     relative_error,
     require,
+    shapes_of,
     value_and_gradients,
 )
 
@@ -72,7 +72,7 @@ def supported(dtype: torch.dtype, backend: str) -> bool:
 CASES = [
     pytest.param(loss, *shape, dtype, backend, id=f"{loss.name}-{shape[0]}x{shape[1]}-{str(dtype)[6:]}-{backend}")
     for loss in LOSSES
-    for shape in SHAPES
+    for shape in shapes_of(loss)
     for dtype in DTYPES
     for backend in available_backends()
     if supported(dtype, backend)
