@@ -11,6 +11,7 @@ from fastcl.losses.common import (
     LossStats,
     Run,
     check_options,
+    check_tags,
     check_weight,
     false_negative_threshold,
     margin_test,
@@ -97,6 +98,7 @@ def clip_loss(
     check_pair(
         "image_features", image_features, "text_features", text_features, same_rows=True, may_be_empty=group is not None
     )
+    check_tags(image_features, labels=labels, ids=ids)
     check_weight(weight, image_features)
     check_options(labels, ids, false_negative_margin, label_smoothing)
     margin = false_negative_margin

@@ -171,6 +171,13 @@ def safe_logsumexp(x: Tensor) -> Tensor:
     return found.masked_fill(nothing, -math.inf)
 
 
+def check_tags(rows: Tensor, **tags: Tensor | None) -> None:
+    """Raise unless each of the tags is None or holds one integer for each row."""
+    for name, tag in tags.items():
+        if tag is not None:
+            check_row_vector(name, tag, rows, integer=True)
+
+
 def check_weight(weight: Tensor | None, rows: Tensor) -> None:
     """Raise unless ``weight`` is None or holds one number for each row."""
     if weight is not None:
@@ -267,14 +274,23 @@ def softmax_loss(
     return run.reduce(loss, weight, has_positive), values
 
 
-def tags_of_pair(name: str, value: Tensor | Sequence[Tensor] | None, same: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Tags of rows and of keys from one argument, which is the tag of both where there are as many, or a pair."""
-    if value is None or isinstance(value, Tensor):
-        if value is not None and not same:
-            raise ValueError(f"{name} must be a pair, of the queries' and of the keys', where their numbers differ")
-        return value, value
+def tags_of_pair(
+    name: str, value: Tensor | Sequence[Tensor] | None, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tags of queries and of keys from one argument, which is the tag of both where there are as many, or a pair."""
+    if value is None:
+        return None, None
+    if isinstance(value, Tensor):
+        if len(query) != len(key):
+            raise ValueError(
+                f"{name} must be a pair, of the queries' and of the keys', where their numbers differ as {len(query)} "
+                f"and {len(key)}; got one tensor of shape {tuple(value.shape)}"
+            )
+        value = value, value
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} must be a tensor or a pair of tensors, got {value!r}")
+    check_tags(query, **{f"{name} of the queries": value[0]})
+    check_tags(key, **{f"{name} of the keys": value[1]})
     return value[0], value[1]
 
 

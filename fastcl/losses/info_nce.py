@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -146,8 +145,8 @@ def info_nce(
         exclude("negatives of each query", ids=ids, group=group)
         return _own_negatives(run, query, key, negatives, scale, threshold, weight, return_stats)
     others = key if negatives is None else negatives
-    pair = functools.partial(tags_of_pair, same=len(query) == len(others))
-    (query_labels, key_labels), (query_ids, key_ids) = pair("labels", labels), pair("ids", ids)
+    query_labels, key_labels = tags_of_pair("labels", labels, query, others)
+    query_ids, key_ids = tags_of_pair("ids", ids, query, others)
     tags, key_tags = Tags(query_labels, query_ids, threshold), Tags(key_labels, key_ids)
     if labels is not None:
         pairs = Labelled(query, key, tags, key_tags, label_width)

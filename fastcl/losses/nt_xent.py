@@ -11,6 +11,7 @@ from fastcl.losses.common import (
     LossStats,
     Run,
     check_options,
+    check_tags,
     check_weight,
     false_negative_threshold,
     inverse,
@@ -90,6 +91,7 @@ def nt_xent(
     """
     check_scalar("tau", tau, positive=True)
     check_pair("z1", z1, "z2", z2, same_rows=True, may_be_empty=group is not None)
+    check_tags(z1, labels=labels, ids=ids)
     check_weight(weight, z1)
     check_options(labels, ids, false_negative_margin, label_smoothing)
     margin = false_negative_margin

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from fastcl.checks import check_pair, check_row_vector, check_scalar
-from fastcl.losses.common import Run, check_weight, normalize_rows
+from fastcl.checks import check_pair, check_scalar
+from fastcl.losses.common import LossStats, Run, check_tags, check_weight, normalize_rows, summarize
 from fastcl.panels import Outputs, Panel, Slopes, panel_function
-from fastcl.terms import Tags
+from fastcl.terms import Axis, Mask, Reduce, Tags, Term
 
 
 @panel_function(outputs=1)
@@ -43,9 +43,10 @@ def siglip_loss(
     weight: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
+    return_stats: bool = False,
     backend: str | None = None,
     group: ProcessGroup | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LossStats]:
     r"""The pairwise sigmoid loss of matching images and texts.
 
     With :math:`S_{ij} = \text{scale}\,\langle x_i, y_j\rangle + \text{bias}` over B pairs,
@@ -64,6 +65,7 @@ def siglip_loss(
         weight: [B], a constant factor of an image's loss. The mean still divides by B.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [B], the sums over each image's row.
+        return_stats: also return a :class:`fastcl.LossStats`, from one more pass.
         backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty. The texts of all ranks are gathered.
@@ -90,15 +92,13 @@ def siglip_loss(
     check_pair(
         "image_features", image_features, "text_features", text_features, same_rows=True, may_be_empty=group is not None
     )
-    for name, tag in (("labels", labels), ("ids", ids)):
-        if tag is not None:
-            check_row_vector(name, tag, image_features, integer=True)
+    check_tags(image_features, labels=labels, ids=ids)
     check_weight(weight, image_features)
-    run = Run.checked(reduction, backend, group, "auto", loss="siglip_loss")
+    run = Run.checked(reduction, backend, group, "auto", loss="siglip_loss", return_stats=return_stats)
     if normalize:
         image_features, text_features = normalize_rows(image_features), normalize_rows(text_features)
     tags = Tags(labels, ids)
-    return run.panels(
+    loss = run.panels(
         sigmoid_rows,
         image_features,
         text_features,
@@ -108,6 +108,13 @@ def siglip_loss(
         tags=tags,
         key_tags=tags,
     )
+    if not return_stats:
+        return loss
+    negatives = Mask(self_pair=False, label=None if labels is None else False, id=None if ids is None else False)
+    terms = [Term(Reduce.SUM, Mask(self_pair=True)), *(Term(Reduce.MAX, negatives, axis) for axis in Axis)]
+    with torch.no_grad():
+        positive, *hardest = run.statistics(image_features, text_features, terms, logit_scale, tags=tags, key_tags=tags)
+    return loss, summarize(run, positive, hardest, None, logit_scale)
 
 
 def reference(

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from fastcl.checks import check_choice, check_matrix, check_row_vector, check_scalar
-from fastcl.losses.common import LossStats, Run, check_weight, inverse, normalize_rows, summarize
+from fastcl.checks import check_choice, check_matrix, check_scalar
+from fastcl.losses.common import LossStats, Run, check_tags, check_weight, inverse, normalize_rows, summarize
 from fastcl.terms import NO_TAGS, Axis, Mask, Reduce, Tags, Term
 
 FORMS = ("out", "in")
@@ -94,9 +94,7 @@ def sup_con_loss(
         if group is not None:
             raise ValueError("labels must be given with a group, whose ranks' examples need different ones; got None")
         labels = torch.arange(len(examples), device=z.device)
-    for name, tag in (("labels", labels), ("ids", ids)):
-        if tag is not None:
-            check_row_vector(name, tag, examples, integer=True)
+    check_tags(examples, labels=labels, ids=ids)
     check_weight(weight, examples)
     run = Run.checked(
         reduction, backend, group, exchange, loss="sup_con_loss", normalize=normalize, form=form,
