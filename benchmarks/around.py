@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,18 +18,21 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.cases import TAU, Case
 from benchmarks.measure import gradient_step
-from fastcl.backends.softmax import two_sweeps
+from fastcl.backends.shift import fixed_shift
+from fastcl.backends.softmax import finish
 from fastcl.cross_entropy import Options
-from fastcl.terms import CrossEntropy, Operands, Plan, Products, Statistics
+from fastcl.terms import Operands, Plan, Products, Statistics
 
 _PARTIAL_SLOTS = 32
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Operators that compute, the bytes they read and write, the FLOPs of their products, bytes held at the peak."""
+    """Operators that compute, kernels of the backend's own besides those that look at S, the bytes all of these read
+    and write, the FLOPs of the operators' products, bytes held at the peak."""
 
     operators: int
+    kernels: int
     bytes: int
     product_flops: int
     peak: int
@@ -58,7 +61,7 @@ def _count(case: Case, loss: Callable[..., Tensor], workspace: int) -> Counted:
         step = gradient_step(lambda *_: loss(features, tau), [*features, tau] if learned else features)
         with _Counter(workspace) as counter:
             step()
-    return Counted(counter.operators, counter.bytes, counter.product_flops, counter.peak)
+    return Counted(counter.operators, counter.kernels, counter.bytes, counter.product_flops, counter.peak)
 
 
 class _Counter(TorchDispatchMode):
@@ -67,7 +70,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self, workspace: int) -> None:
         super().__init__()
         self.workspace = workspace
-        self.operators = self.bytes = self.product_flops = self.peak = 0
+        self.operators = self.kernels = self.bytes = self.product_flops = self.peak = 0
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -94,20 +97,37 @@ class _Counter(TorchDispatchMode):
                 self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
 
-    def _cross_entropy(self, a, b, scale, target, positive, weights, text):
+    def _cross_entropy(self, a, b, scale, target, positive, weights, text, tags):
         call = Options.decode(text)
-        operands = Operands(a, b, scale, target, 1.0 if call.normalize else call.norm_bound)
-        head = CrossEntropy(positive, weights, call.mean, call.normalize)
-        found = two_sweeps(_statistics, self._products, call.plan, operands, head, call.needs)
-        gradients = (*found.gradients, found.positive)
-        return found.loss, *found.statistics, *(scale.new_empty(0) if g is None else g for g in gradients)
+        operands = Operands(a, b, scale, target, call.norm_bound)
+        unit = replace(operands, a=torch.empty_like(a), b=None if b is None else torch.empty_like(b))
+        if not call.normalize:
+            unit = operands
+            fixed_shift(operands, scale)
+        statistics = _statistics(call.plan, unit)
+        products = self._products(call.plan, unit, call.needs.product_a, call.needs.b)
+        gradients = finish(call.plan, unit, products, call.needs)
+        self.kernels += 1
+        loss = torch.empty(a.shape[0]).sum()
+        if call.normalize:
+            for x, gradient in ((a, gradients.a), (b, gradients.b)):
+                if x is not None:
+                    self._kernel(x, x)
+                if gradient is not None:
+                    self._kernel(x, gradient, gradient)
+        slope = None if positive is None else torch.empty_like(positive)
+        return loss, *statistics, *(scale.new_empty(0) if g is None else g for g in (*gradients, slope))
 
-    def _products(self, plan, operands, statistics, incoming, needs_a, needs_b) -> Products:
+    def _kernel(self, *moved: Tensor) -> None:
+        self.kernels += 1
+        self.bytes += sum(_bytes(x) for x in moved)
+
+    def _products(self, plan, operands, needs_a, needs_b) -> Products:
         n, m = operands.shape
         panel = min(self.workspace, n * m * operands.a.element_size())
         workspace = torch.empty(panel, dtype=torch.uint8)
         needs_b = needs_b and not plan.symmetric
-        products = Products(*(_zeros(x) if wanted else None for x, wanted in _both(operands, needs_a, needs_b)))
+        products = Products(*(_float32(x) if wanted else None for x, wanted in _both(operands, needs_a, needs_b)))
         del workspace
         return products
 
@@ -115,7 +135,7 @@ class _Counter(TorchDispatchMode):
 def _statistics(plan: Plan, operands: Operands) -> Statistics:
     sizes = [(len(terms), count) for terms, count in zip((plan.rows, plan.columns), operands.shape, strict=True)]
     for terms, count in sizes:
-        torch.zeros(terms, _PARTIAL_SLOTS, count)
+        torch.empty(terms, _PARTIAL_SLOTS, count)
     return Statistics(*(torch.empty(size) for size in sizes))
 
 
@@ -123,8 +143,8 @@ def _both(operands: Operands, needs_a: bool, needs_b: bool) -> tuple[tuple[Tenso
     return (operands.a, needs_a), (operands.keys, needs_b)
 
 
-def _zeros(x: Tensor) -> Tensor:
-    return torch.zeros(x.shape, dtype=torch.float32)
+def _float32(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.float32)
 
 
 def _bytes(x: Tensor) -> int:

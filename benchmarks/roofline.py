@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from benchmarks.around import Counted, around_kernels
@@ -43,8 +43,8 @@ TERMS = {
 }
 """What a plan pays for besides its products: what it would save were these free tells which one matters."""
 
-LATENCY = {"load": 1000, "partials": 1000}
-"""Clocks until a tile's first operands have come, and for a column's partial sums to be read, added to and written."""
+LATENCY = {"load": 1000, "partials": 200}
+"""Clocks until a tile's first operands have come, and for a column's partial sums, read before, to be written."""
 LAUNCH = {"torch": 5e-6, "triton": 15e-6, "call": 60e-6}
 """Seconds of the host for an operator, for a kernel of Triton, and for autograd and the custom operator of a call."""
 SUPER_TILES, PANEL_ROWS, MOST_ELEMENTS, REDO_ROWS = 32, 8192, 2**30, 64
@@ -65,11 +65,13 @@ class Epilogue(NamedTuple):
 
 EPILOGUES = {
     ("sweep", False): Epilogue((3, 60), (1.6, 75)),
-    ("sweep", True): Epilogue((8, 250), (1.6, 150)),
+    ("sweep", True): Epilogue((8, 250), (1.2, 100)),
     ("weights", False): Epilogue((6, 200), (1.1, 60)),
-    ("weights", True): Epilogue((10, 150), (3.0, 60)),
+    ("weights", True): Epilogue((10, 150), (1.2, 100)),
 }
-"""By kernel, and whether terms along both axes are there: counted in the code compiled for sm_90."""
+"""By kernel, and whether terms along both axes are there: counted in the code compiled for sm_90, without masks."""
+MASKED = 2.0
+"""Slots of an exceptional tile's logit over a plain one's."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,8 @@ class _Model:
         return kernels | {"around": around}
 
     def _host(self, plan: str) -> float:
-        # the sweep; for each axis its partial results combined, and flagged sums redone
-        kernels = 1 + 2 * (2 if self.both_axes and not self.symmetric else 1)
+        # the sweep, and for each axis its partial results combined
+        kernels = self._around().kernels + 1 + (2 if self.both_axes and not self.symmetric else 1)
         panels = len(panel_sizes(self.n, self._config("weights"), self.symmetric, self._elements()))
         products = 2 * panels if plan != "registers" else 0
         kernels += panels if plan != "registers" else 2
@@ -230,15 +232,14 @@ class _Model:
     def _elements(self) -> int:
         return min(tuning.workspace_bytes(self.device.capability) // self.precision.itemsize, MOST_ELEMENTS)
 
-    def _tile_clocks(self, kernel: str, config: tuning.Config, free: Free, own: float = 1.0) -> tuple[float, int]:
-        """Clocks that an SM takes for one tile, and how many tiles it has in flight.
-
-        ``own`` is the share of S's both operands that has to be brought for each tile.
-        """
+    def _tile_clocks(
+        self, kernel: str, config: tuning.Config, free: Free, *, slots: int | None = None, masked: float = 1.0
+    ) -> tuple[float, int]:
+        """Clocks that an SM takes for one tile, and how many tiles it has in flight, ``slots`` where that is known."""
         device, epilogue = self.device, EPILOGUES[kernel, self.both_axes]
         area, item = config.block_m * config.block_n, self.precision.itemsize
         threads = 32 * config.num_warps
-        operands = own * (config.block_m + config.block_n) * self.d * item
+        operands = (config.block_m + config.block_n) * self.d * item
         reads = operand_reads(config, device.capability) * self.d * item
         # W's factors, exp(c - L), are made again by each thread that looks at a row or column
         exps = area + (threads * (config.block_m + config.block_n) / 8 if kernel == "weights" and self.both_axes else 0)
@@ -248,15 +249,28 @@ class _Model:
             "shared": (self.precision.products * reads + operands) / device.shared_bytes,
             "l2": operands / device.l2_bytes,
             "exps": exps / device.exponentials,
-            "issue": (per_logit * area + once * threads) / device.lanes,
+            "issue": (masked * per_logit * area + once * threads) / device.lanes,
             "latency": LATENCY["load"] + (LATENCY["partials"] if kernel == "sweep" and self.both_axes else 0),
         }
         cost |= dict.fromkeys(free & cost.keys(), 0.0)
         main = max(cost["tensor"], cost["shared"], cost["l2"])
         after = max(cost["exps"], cost["issue"])
         each, rest = epilogue.registers
-        tiles = resident(device, shared_memory(config, item), each * area / threads + rest, config.num_warps)
+        tiles = slots or resident(device, shared_memory(config, item), each * area / threads + rest, config.num_warps)
         return max(main, after, (main + after + cost["latency"]) / tiles), tiles
+
+    def _mean_tile_clocks(self, kernel: str, config: tuning.Config, free: Free) -> tuple[float, int]:
+        """As ``_tile_clocks``, with the tiles on the diagonals of self pairs and positives made in pieces."""
+        plain, slots = self._tile_clocks(kernel, config, free)
+        side = min(config.piece, config.block_m, config.block_n)
+        piece = replace(config, block_m=side, block_n=side)
+        each, _ = self._tile_clocks(kernel, piece, free, slots=slots, masked=MASKED)
+        pieces = config.block_m * config.block_n / side**2
+        if "tensor" in free or "waves" in free:
+            return plain, slots
+        tiles = tile_count(self.n, config, self.symmetric)
+        share = min(1.0, (1.5 if self.symmetric else 1.0) * self.n / config.block_m / tiles)
+        return plain + share * max(0.0, pieces * each - plain), slots
 
     def _tensor_rate(self) -> float:
         """FLOP/clock of an SM; the library's rate has power limits in it, which hold for everyone."""
@@ -270,7 +284,7 @@ class _Model:
 
     def _sweep(self, free: Free) -> float:
         config = self._config("sweep")
-        clocks, slots = self._tile_clocks("sweep", config, free)
+        clocks, slots = self._mean_tile_clocks("sweep", config, free)
         rows, columns = (super_tiles(self.n, block)[1] for block in (config.block_m, config.block_n))
         tiles = tile_count(self.n, config, self.symmetric)
         programs = rows * (rows + 1) / 2 if self.symmetric else rows * columns
@@ -282,7 +296,7 @@ class _Model:
 
     def _panels(self, free: Free) -> dict[str, float]:
         config = self._config("weights")
-        clocks, slots = self._tile_clocks("weights", config, free)
+        clocks, slots = self._mean_tile_clocks("weights", config, free)
         weights = products = 0.0
         item = self.precision.itemsize
         for rows, columns, mirror in panel_sizes(self.n, config, self.symmetric, self._elements()):

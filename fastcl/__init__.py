@@ -6,13 +6,23 @@
 torch.Size([])
 """
 
-from fastcl import nn
+from fastcl import memory, nn
 from fastcl.engine import list_backends
 from fastcl.gradcache import GradCache, cached
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.nt_xent import nt_xent
+from fastcl.losses.siglip import siglip_loss
+from fastcl.losses.sup_con import sup_con_loss
+from fastcl.losses.without_pairs import (
+    barlow_twins_loss,
+    cosine_similarity_loss,
+    negative_cosine_similarity,
+    sinkhorn,
+    softmax_classification_loss,
+    swav_loss,
+)
 from fastcl.pairwise import pairwise
 from fastcl.terms import Axis, Mask, Reduce, Tags, Term
 
@@ -26,11 +36,20 @@ __all__ = [
     "Reduce",
     "Tags",
     "Term",
+    "barlow_twins_loss",
     "cached",
     "clip_loss",
+    "cosine_similarity_loss",
     "info_nce",
     "list_backends",
+    "memory",
+    "negative_cosine_similarity",
     "nn",
     "nt_xent",
     "pairwise",
+    "siglip_loss",
+    "sinkhorn",
+    "softmax_classification_loss",
+    "sup_con_loss",
+    "swav_loss",
 ]

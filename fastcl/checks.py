@@ -91,3 +91,15 @@ def check_scalar(name: str, value: float | Tensor, *, positive: bool, hint: str 
         raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(value).__name__}")
     elif positive and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def check_between(name: str, value: float, lowest: float, highest: float) -> None:
+    """Raise unless ``value`` is a number from ``lowest`` to ``highest``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value <= highest:
+        raise ValueError(f"{name} must be a number from {lowest} to {highest}, got {value!r}")

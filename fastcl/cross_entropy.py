@@ -190,12 +190,15 @@ class _ValueAndGradients(torch.autograd.Function):
         results = [None] * 8
         for at, x, gradient in zip((0, 1, 2, 4), (a, b, scale, positive), gradients, strict=True):
             if ctx.needs_input_grad[at] and grad_loss is not None:
-                scaled = _FirstDerivative.apply(gradient, x) if torch.is_grad_enabled() else gradient
-                results[at] = (scaled * grad_loss).to(x.dtype)
+                if torch.is_grad_enabled():
+                    results[at] = (FirstDerivative.apply(gradient, x) * grad_loss).to(x.dtype)
+                else:
+                    # no third copy, in the accumulation dtype
+                    results[at] = torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=x.dtype))
         return tuple(results)
 
 
-class _FirstDerivative(torch.autograd.Function):
+class FirstDerivative(torch.autograd.Function):
     """A gradient that depends on ``x`` in a way that autograd doesn't know: its own derivative is refused."""
 
     @staticmethod

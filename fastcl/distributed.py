@@ -395,3 +395,48 @@ def _reduce_backward(ctx, grad: Tensor):
 
 
 reduce_over_ranks.register_autograd(_reduce_backward, setup_context=_keep_group)
+
+
+@torch.library.custom_op("fastcl::gather_over_ranks", mutates_args=())
+def gather_over_ranks(x: Tensor, group: str, call: str) -> tuple[Tensor, Tensor]:
+    """The rows of all ranks, one rank's after the other's, and how many each has, int64 [ranks].
+
+    A rank's gradient is that of the sum of all ranks' objectives. ``call`` has a line ``name=value`` for everything
+    that all ranks must agree on, besides what is seen here.
+    """
+    ranks = Ranks.of(group)
+    fields = dict(line.split("=", 1) for line in call.split("\n"))
+    fields |= {"dtype": str(x.dtype), "shape of a row": str(tuple(x.shape[1:]))}
+    lengths = [length for (length,) in meet(ranks, fields, (len(x),), x.device)]
+    return ranks.all_gather(x, lengths).clone(), torch.tensor(lengths, device=x.device)
+
+
+@gather_over_ranks.register_fake
+def _(x, group, call):
+    total = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(total, *x.shape[1:]), x.new_empty(Ranks.of(group).size, dtype=torch.int64)
+
+
+def _keep_lengths(ctx, inputs, output) -> None:
+    _, ctx.group, _ = inputs
+    ctx.save_for_backward(output[1])
+
+
+def _gather_backward(ctx, grad: Tensor, _):
+    (lengths,) = ctx.saved_tensors
+    return torch.ops.fastcl.scatter_over_ranks(grad, lengths, ctx.group), None, None
+
+
+@torch.library.custom_op("fastcl::scatter_over_ranks", mutates_args=())
+def scatter_over_ranks(x: Tensor, lengths: Tensor, group: str) -> Tensor:
+    """The sum over ranks of the rows of ``x`` that are this rank's."""
+    return Ranks.of(group).reduce_scatter(x, lengths.tolist()).clone()
+
+
+@scatter_over_ranks.register_fake
+def _(x, lengths, group):
+    return x.new_empty(torch.library.get_ctx().new_dynamic_size(), *x.shape[1:])
+
+
+gather_over_ranks.register_autograd(_gather_backward, setup_context=_keep_lengths)
+scatter_over_ranks.register_autograd(_refuse_double_backward)

@@ -65,7 +65,7 @@ def select(plan: Plan, operands: Operands, name: str | None = None) -> str:
 
 def statistics(plan: Plan, operands: Operands, backend: str | None = None) -> Statistics:
     """All terms of ``plan`` from one sweep over S."""
-    with _plain_arithmetic(operands):
+    with plain_arithmetic(operands.a.device):
         return BACKENDS[select(plan, operands, backend)].statistics(plan, operands)
 
 
@@ -93,7 +93,7 @@ def products(
     backend: str | None = None,
 ) -> Products:
     """The gradient's products in the accumulation dtype; those of disjoint tiles add up to those of their union."""
-    with _plain_arithmetic(operands):
+    with plain_arithmetic(operands.a.device):
         return BACKENDS[select(plan, operands, backend)].gradient(
             plan, operands, statistics, incoming, needs.product_a, needs.b
         )
@@ -101,7 +101,7 @@ def products(
 
 def finish(plan: Plan, operands: Operands, products: Products, needs: Needs) -> Gradients:
     """The gradients that complete products stand for, in the dtypes of the operands; overwrites the products."""
-    with _plain_arithmetic(operands):
+    with plain_arithmetic(operands.a.device):
         found = softmax.finish(plan, operands, products, needs)
         return Gradients(
             found.a.to(operands.a.dtype) if needs.a else None,
@@ -115,14 +115,14 @@ def cross_entropy(
 ) -> LossAndGradients:
     """A softmax loss and the gradients that are needed, in as few sweeps as the backend can."""
     warn_if_ranks_are_apart()
-    with _plain_arithmetic(operands):
+    with plain_arithmetic(operands.a.device):
         return BACKENDS[select(plan, operands, backend)].cross_entropy(plan, operands, head, needs)
 
 
-def _plain_arithmetic(operands: Operands) -> AbstractContextManager:
-    # An operator's implementation runs inside the caller's autocast region, which would lower its float32 products.
-    device = operands.a.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+def plain_arithmetic(device: torch.device) -> AbstractContextManager:
+    """Without autocast: an operator runs inside the caller's region, which would lower its float32 products."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @functools.cache

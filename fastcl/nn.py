@@ -1,4 +1,5 @@
-"""The losses as modules, with the names and arguments that lightly, pytorch-metric-learning and open_clip use.
+"""The losses as modules, with the names and arguments that lightly, pytorch-metric-learning, open_clip and
+sentence-transformers use.
 
 May import :mod:`fastcl.losses`. A learnable temperature is stored as the logarithm of its inverse, ``logit_scale``.
 """
@@ -6,6 +7,7 @@ May import :mod:`fastcl.losses`. A learnable temperature is stored as the logari
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +15,16 @@ from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_scalar
 from fastcl.losses.clip import clip_loss
-from fastcl.losses.info_nce import info_nce
+from fastcl.losses.info_nce import PairOfTags, info_nce
 from fastcl.losses.nt_xent import nt_xent
+from fastcl.losses.sup_con import sup_con_loss
+from fastcl.losses.without_pairs import (
+    barlow_twins_loss,
+    cosine_similarity_loss,
+    negative_cosine_similarity,
+    softmax_classification_loss,
+    swav_loss,
+)
 
 
 def _log_scale(temperature: float) -> nn.Parameter:
@@ -81,8 +91,16 @@ class NTXentLoss(_TemperatureLoss):
     -0.896
     """
 
-    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
-        return nt_xent(z1, z2, self.temperature, **self.options)
+    def forward(
+        self,
+        z1: Tensor,
+        z2: Tensor,
+        *,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        return nt_xent(z1, z2, self.temperature, labels=labels, ids=ids, weight=weight, **self.options)
 
 
 class InfoNCELoss(_TemperatureLoss):
@@ -92,9 +110,49 @@ class InfoNCELoss(_TemperatureLoss):
     """
 
     def forward(
-        self, query: Tensor, key: Tensor, *, target: Tensor | None = None, negatives: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        target: Tensor | None = None,
+        negatives: Tensor | None = None,
+        labels: PairOfTags | None = None,
+        ids: PairOfTags | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
-        return info_nce(query, key, self.temperature, target=target, negatives=negatives, **self.options)
+        return info_nce(
+            query,
+            key,
+            self.temperature,
+            target=target,
+            negatives=negatives,
+            labels=labels,
+            ids=ids,
+            weight=weight,
+            **self.options,
+        )
+
+
+class SupConLoss(_TemperatureLoss):
+    """:func:`fastcl.sup_con_loss` as a module: ``SupConLoss(0.1)(z, labels)``, z as [N, D] or as views [B, V, D].
+
+    ``learnable`` and ``max_scale`` are as in :class:`NTXentLoss`. SupContrast's ``base_temperature`` is a constant
+    factor temperature / base_temperature of the loss, 1 where both are equal, as here.
+    """
+
+    def __init__(self, temperature: float, *, form: str = "out", **options: object) -> None:
+        super().__init__(temperature, **options)
+        self.options["form"] = form
+
+    def forward(
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        *,
+        ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        return sup_con_loss(z, labels, self.temperature, ids=ids, weight=weight, **self.options)
 
 
 class ClipLoss(nn.Module):
@@ -151,3 +209,98 @@ class ClipLoss(nn.Module):
             raise ValueError("logit_scale must be given, or learned by ClipLoss(temperature=...); got None")
         loss = clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class NegativeCosineSimilarity(nn.Module):
+    """:func:`fastcl.negative_cosine_similarity` as a module, for BYOL and SimSiam: ``criterion(p1, z2.detach())``."""
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, p: Tensor, z: Tensor) -> Tensor:
+        return negative_cosine_similarity(p, z, reduction=self.reduction)
+
+
+class SwaVLoss(nn.Module):
+    """:func:`fastcl.swav_loss` as a module, with lightly's arguments; ``group`` stands for its
+    ``sinkhorn_gather_distributed``.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        sinkhorn_iterations: int = 3,
+        sinkhorn_epsilon: float = 0.05,
+        *,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        check_scalar("temperature", temperature, positive=True)
+        self.options = {
+            "tau": temperature,
+            "sinkhorn_iterations": sinkhorn_iterations,
+            "sinkhorn_epsilon": sinkhorn_epsilon,
+            "group": group,
+        }
+
+    def forward(
+        self,
+        high_resolution_outputs: Sequence[Tensor],
+        low_resolution_outputs: Sequence[Tensor] = (),
+        queue_outputs: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        return swav_loss(high_resolution_outputs, low_resolution_outputs, queue_outputs, **self.options)
+
+
+class BarlowTwinsLoss(nn.Module):
+    """:func:`fastcl.barlow_twins_loss` as a module: ``BarlowTwinsLoss()(z_a, z_b)``."""
+
+    def __init__(self, lambda_param: float = 5e-3, *, group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.lambda_param, self.group = lambda_param, group
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        return barlow_twins_loss(z_a, z_b, lambda_param=self.lambda_param, group=self.group)
+
+
+class SoftmaxLoss(nn.Module):
+    """:func:`fastcl.softmax_classification_loss` with its classifier, as in sentence-transformers.
+
+    The embeddings come in place of a model and its texts: ``criterion(u, v, labels)``. ``classifier`` is the linear
+    layer that is trained with the encoder.
+    """
+
+    def __init__(
+        self,
+        embedding_dimension: int,
+        num_labels: int,
+        concatenation_sent_rep: bool = True,
+        concatenation_sent_difference: bool = True,
+        concatenation_sent_multiplication: bool = False,
+        *,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        vectors = 2 * concatenation_sent_rep + concatenation_sent_difference + concatenation_sent_multiplication
+        self.classifier = nn.Linear(vectors * embedding_dimension, num_labels)
+        self.options = {
+            "concatenation_sent_rep": concatenation_sent_rep,
+            "concatenation_sent_difference": concatenation_sent_difference,
+            "concatenation_sent_multiplication": concatenation_sent_multiplication,
+            "reduction": reduction,
+        }
+
+    def forward(self, u: Tensor, v: Tensor, labels: Tensor) -> Tensor:
+        return softmax_classification_loss(u, v, labels, self.classifier.weight, self.classifier.bias, **self.options)
+
+
+class CosineSimilarityLoss(nn.Module):
+    """:func:`fastcl.cosine_similarity_loss` as a module, given embeddings: ``criterion(u, v, scores)``."""
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, u: Tensor, v: Tensor, scores: Tensor) -> Tensor:
+        return cosine_similarity_loss(u, v, scores, reduction=self.reduction)

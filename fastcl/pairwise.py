@@ -126,7 +126,7 @@ def pairwise(
         count = functools.partial(admitted_count, row0=row0, col0=col0)
     else:
         check_group("group", group)
-        call = "\n".join((call, *_agreement(a, b, scale, bias)))
+        call = "\n".join((call, *agreement(a, b, scale, bias)))
         rows, columns, lengths = torch.ops.fastcl.statistics_over_ranks(
             *operands, backend, group.group_name, exchange, call
         )
@@ -198,7 +198,7 @@ def _admitted_over_ranks(
     return admitted_count(replace(term, axis=Axis.ROW), n=m, m=rows, target=None, row0=col0, col0=0, device=device)
 
 
-def _agreement(a: Tensor, b: Tensor | None, scale: float | Tensor, bias: float | Tensor | None) -> tuple[str, str, str]:
+def agreement(a: Tensor, b: Tensor | None, scale: float | Tensor, bias: float | Tensor | None) -> tuple[str, str, str]:
     """What the ranks must agree on besides the operands' dtype and dim, as lines name=value."""
     wanted = [x is not None and isinstance(x, Tensor) and x.requires_grad for x in (a, b, scale)]
     names = [name for name, want in zip(("rows", "keys", "scale"), wanted, strict=True) if want]

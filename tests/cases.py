@@ -5,10 +5,12 @@ A :class:`Loss` pairs a public call with its textbook formula on the same inputs
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from fastcl.engine import BACKENDS
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
+from fastcl.losses.siglip import reference as siglip_reference
+from fastcl.losses.sup_con import reference as sup_con_reference
 
 
 @dataclass(frozen=True)
@@ -37,74 +41,239 @@ class Loss:
     frozen_passes: float
     """the same as ``passes`` where only the first of the features requires grad"""
 
+    one_operator: bool
+    """whether the mean is computed with its gradients, in an operator that torch.func understands"""
+
+    @property
+    def variant(self) -> bool:
+        """Whether the loss is another one with an option, which changes no shape."""
+        return self.name.endswith(("_ids", "_per_query", "_own_negatives"))
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the loss looks at half of S."""
+        return self.passes_of_rows[0] == 0.5
+
 
 def _shuffled(n: int, m: int, device: torch.device) -> Tensor:
     """A target for each of n queries that is neither the identity nor an involution."""
     return (torch.arange(n, device=device) * 7 + 3) % m
 
 
-def _info_nce_with_target(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda features, tau, **options: call(
-        *features, tau, target=_shuffled(len(features[0]), len(features[1]), features[0].device), **options
+def tag(rows: int, kinds: int, like: Tensor, shift: int = 0) -> Tensor:
+    """Labels or ids that repeat at an uneven distance; the last is its row's alone."""
+    tags = ((torch.arange(rows, device=like.device) + shift) * 5 // 3) % kinds
+    tags[-1] = 10**12 + shift
+    return tags
+
+
+def _row(
+    name: str,
+    call: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    features: tuple[str, ...],
+    passes: tuple[float, tuple[float, float], float],
+    given: Callable[[list[Tensor]], dict[str, object]] = lambda features: {},
+    one_operator: bool = True,
+) -> Loss:
+    """A loss whose options ``given`` makes of the features, for call and reference alike."""
+    return Loss(
+        name,
+        lambda features, tau, **options: call(*features, tau, **({"reduction": "none"} | given(features) | options)),
+        lambda features, tau: reference(*features, tau, **given(features)),
+        features,
+        *passes,
+        one_operator,
     )
 
 
-def _rows(options: dict[str, object]) -> dict[str, object]:
-    return {"reduction": "none"} | options
+def _clip(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, y, tau, **options: call(x, y, 1 / tau, normalize=True, **options)
 
+
+def _siglip(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, y, tau, **options: call(x, y, 1 / tau, -10.0, normalize=True, **options)
+
+
+def _negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda query, key, negatives, tau, **options: call(query, key, tau, negatives=negatives, **options)
+
+
+def _own_negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def with_two_each(query: Tensor, key: Tensor, negatives: Tensor, tau: Tensor, **options: object) -> Tensor:
+        own = torch.stack((negatives[: len(query)], negatives[: len(query)].roll(1, 0)), dim=1)
+        return call(query, key, tau, negatives=own, **options)
+
+    return with_two_each
+
+
+def _tau_per_query(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda query, key, tau, **options: call(
+        query,
+        key,
+        torch.as_tensor(tau).double() * torch.linspace(1, 2, len(query), device=query.device).double(),
+        **options,
+    )
+
+
+def _pair_of_tags(kinds: int) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]]:
+    return lambda x: (tag(len(x[0]), kinds, x[0]), tag(len(x[-1]), kinds, x[-1], shift=1))
+
+
+_VIEWS, _QUERIES, _CLIP = ("z1", "z2"), ("query", "key"), ("image_features", "text_features")
+_LONGER = ("query", "longer key")
+_HALF = 2, (0.5, 1.5), 2
+"""the passes of a plan over half of S"""
+_ROWS, _ROWS_IN_TWO = (3, (1.0, 3.0), 2), (4, (1.0, 3.0), 3)
+"""the passes of rows only: in one sweep, or two"""
+_BOTH = 4, (1.0, 3.0), 3
+"""the passes of rows and columns"""
+_ids, _labels = _pair_of_tags(4), _pair_of_tags(6)
 
 LOSSES = (
-    Loss(
-        "nt_xent",
-        lambda features, tau, **options: fastcl.nt_xent(*features, tau, **_rows(options)),
-        lambda features, tau: nt_xent_reference(*features, tau),
-        ("z1", "z2"),
-        2,
-        (0.5, 1.5),
-        2,
+    _row("nt_xent", fastcl.nt_xent, nt_xent_reference, _VIEWS, _HALF),
+    _row("nt_xent_ids", fastcl.nt_xent, nt_xent_reference, _VIEWS, _HALF, lambda x: {"ids": tag(len(x[0]), 4, x[0])}),
+    _row(
+        "nt_xent_smoothing",
+        fastcl.nt_xent,
+        nt_xent_reference,
+        _VIEWS,
+        _HALF,
+        lambda x: {"label_smoothing": 0.1},
+        one_operator=False,
     ),
-    Loss(
-        "info_nce",
-        lambda features, tau, **options: fastcl.info_nce(*features, tau, **_rows(options)),
-        lambda features, tau: info_nce_reference(*features, tau),
-        ("query", "key"),
-        3,
-        (1.0, 3.0),
-        2,
-    ),
-    Loss(
+    _row("info_nce", fastcl.info_nce, info_nce_reference, _QUERIES, _ROWS),
+    _row(
         "info_nce_target",
-        _info_nce_with_target(lambda *args, **options: fastcl.info_nce(*args, **_rows(options))),
-        _info_nce_with_target(info_nce_reference),
-        ("query", "longer key"),
-        3,
-        (1.0, 3.0),
-        2,
+        fastcl.info_nce,
+        info_nce_reference,
+        _LONGER,
+        _ROWS,
+        lambda x: {"target": _shuffled(len(x[0]), len(x[1]), x[0].device)},
     ),
-    Loss(
+    _row(
         "info_nce_negatives",
-        lambda features, tau, **options: fastcl.info_nce(
-            features[0], features[1], tau, negatives=features[2], **_rows(options)
-        ),
-        lambda features, tau: info_nce_reference(features[0], features[1], tau, negatives=features[2]),
+        _negatives(fastcl.info_nce),
+        _negatives(info_nce_reference),
         ("query", "key", "longer negatives"),
-        3,
-        (1.0, 3.0),
-        2,
+        _ROWS,
     ),
-    Loss(
-        "clip",
-        lambda features, tau, **options: fastcl.clip_loss(*features, 1 / tau, normalize=True, **_rows(options)),
-        lambda features, tau: clip_reference(*features, 1 / tau, normalize=True),
-        ("image_features", "text_features"),
-        4,
-        (1.0, 3.0),
-        3,
+    _row(
+        "info_nce_negatives_ids",
+        _negatives(fastcl.info_nce),
+        _negatives(info_nce_reference),
+        ("query", "key", "longer negatives"),
+        _ROWS,
+        lambda x: {"ids": _ids(x)},
+    ),
+    _row(
+        "info_nce_own_negatives",
+        _own_negatives(fastcl.info_nce),
+        _own_negatives(info_nce_reference),
+        ("query", "key", "longer negatives"),
+        (0, (0, 0), 0),
+    ),
+    _row(
+        "info_nce_labels",
+        fastcl.info_nce,
+        info_nce_reference,
+        _LONGER,
+        _ROWS_IN_TWO,
+        lambda x: {"labels": _labels(x)},
+        one_operator=False,
+    ),
+    _row(
+        "info_nce_neighbours",
+        fastcl.info_nce,
+        info_nce_reference,
+        _QUERIES,
+        _ROWS_IN_TWO,
+        lambda x: {"labels": (torch.arange(len(x[0])),) * 2, "label_width": 2, "ids": _ids(x)},
+        one_operator=False,
+    ),
+    _row(
+        "info_nce_smoothing",
+        fastcl.info_nce,
+        info_nce_reference,
+        _QUERIES,
+        _ROWS_IN_TWO,
+        lambda x: {"label_smoothing": 0.1},
+        one_operator=False,
+    ),
+    _row(
+        "info_nce_tau_per_query", _tau_per_query(fastcl.info_nce), _tau_per_query(info_nce_reference), _QUERIES, _ROWS
+    ),
+    _row("clip", _clip(fastcl.clip_loss), _clip(clip_reference), _CLIP, _BOTH),
+    _row(
+        "clip_labels",
+        _clip(fastcl.clip_loss),
+        _clip(clip_reference),
+        _CLIP,
+        _BOTH,
+        lambda x: {"labels": tag(len(x[0]), 7, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
+        one_operator=False,
+    ),
+    _row(
+        "clip_smoothing",
+        _clip(fastcl.clip_loss),
+        _clip(clip_reference),
+        _CLIP,
+        _BOTH,
+        lambda x: {"label_smoothing": 0.2},
+        one_operator=False,
+    ),
+    _row("siglip", _siglip(fastcl.siglip_loss), _siglip(siglip_reference), _CLIP, _ROWS, one_operator=False),
+    _row(
+        "siglip_labels",
+        _siglip(fastcl.siglip_loss),
+        _siglip(siglip_reference),
+        _CLIP,
+        _ROWS,
+        lambda x: {"labels": tag(len(x[0]), 7, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
+        one_operator=False,
+    ),
+    *(
+        _row(
+            f"sup_con_{form}",
+            lambda z, tau, labels, **options: fastcl.sup_con_loss(z, labels, tau, **options),
+            lambda z, tau, labels, **options: sup_con_reference(z, labels, tau, **options),
+            ("z",),
+            _HALF,
+            lambda x, form=form: {"labels": tag(len(x[0]), 6, x[0]), "form": form},
+            one_operator=False,
+        )
+        for form in ("out", "in")
     ),
 )
 
+
+@functools.cache
+def refusal(loss: Loss, backend: str) -> str | None:
+    """Why a backend doesn't compute a loss, in its own words, or None."""
+    features = make_features(loss, 3, 2, torch.float32)
+    try:
+        loss.call(features, 0.5, backend=backend)
+    except ValueError as error:
+        if "can't compute this call" in str(error) or "backend must be None" in str(error):
+            return str(error)
+        raise
+    return None
+
+
+def require(loss: Loss, backend: str) -> None:
+    """Skip the running test, with the reason, where the backend doesn't compute the loss."""
+    if reason := refusal(loss, backend):
+        pytest.skip(f"{loss.name}: {reason}")
+
+
 SHAPES = ((1, 3), (2, 1), (7, 5), (33, 17), (129, 65), (300, 96), (1030, 40))
 """(pairs, dim), none a multiple of anything that a tile is"""
+
+
+def shapes_of(loss: Loss) -> tuple[tuple[int, int], ...]:
+    """All shapes for the losses that run as one operator, which is where tiles and panels are; else a few."""
+    return SHAPES if loss.one_operator and not loss.variant else SHAPES[::3]
+
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

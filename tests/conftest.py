@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -7,6 +8,12 @@ import pytest
 import torch
 
 from tests.ranks import World
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Processes that share the machine leave each other a core; tests of several threads ask for them.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,13 @@ import torch
 from tests.cases import (
     DTYPES,
     LOSSES,
-    SHAPES,
     TOLERANCE,
     Loss,
     available_backends,
     make_features,
     relative_error,
+    require,
+    shapes_of,
     value_and_gradients,
 )
 
@@ -27,6 +28,7 @@ def check_against_float64(
     loss: Loss, pairs: int, dim: int, dtype: torch.dtype, backend: str, tau: float = 0.1, device: str = "cpu"
 ) -> None:
     """Value and all gradients are within the error of the dense formula in the same dtype, plus TOLERANCE."""
+    require(loss, backend)
     features = make_features(loss, pairs, dim, dtype, device)
     wide = [x.detach().double().requires_grad_() for x in features]
     temperature = torch.tensor(tau, device=device, requires_grad=True)
@@ -58,7 +60,8 @@ def compare(loss: Loss, dtype: torch.dtype, tau: float, got: Computed, exact: Co
         error, budget = relative_error(x, y), relative_error(z, y) + TOLERANCE[dtype]
         if name == "temperature":
             # One number, in which most of the sum cancels: a single draw of rounding noise, not the norm of many.
-            budget *= 4
+            # It comes back in the temperature's float32, whatever the features are.
+            budget = 4 * budget + 1.2e-7
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
 
 
@@ -69,7 +72,7 @@ def supported(dtype: torch.dtype, backend: str) -> bool:
 CASES = [
     pytest.param(loss, *shape, dtype, backend, id=f"{loss.name}-{shape[0]}x{shape[1]}-{str(dtype)[6:]}-{backend}")
     for loss in LOSSES
-    for shape in SHAPES
+    for shape in shapes_of(loss)
     for dtype in DTYPES
     for backend in available_backends()
     if supported(dtype, backend)
@@ -91,6 +94,7 @@ def test_agrees_at_extreme_temperatures(loss: Loss, backend: str, tau: float) ->
 @pytest.mark.parametrize("backend", available_backends())
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 def test_strided_features(loss: Loss, backend: str) -> None:
+    require(loss, backend)
     features = [x.detach() for x in make_features(loss, 70, 21, torch.float32)]
     transposed = [x.T.contiguous().T for x in features]
     spread = [torch.stack((x, x.flip(0)), dim=2).flatten(1)[:, ::2] for x in features]
@@ -111,6 +115,7 @@ def differentiate(loss: Loss, features: list[torch.Tensor], options: dict[str, s
 @pytest.mark.parametrize("backend", available_backends())
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 def test_same_bits_every_time(loss: Loss, backend: str) -> None:
+    require(loss, backend)
     features = make_features(loss, 530, 48, torch.float32)
     for options in ({"backend": backend}, {"backend": backend, "reduction": "mean"}):
         runs = [value_and_gradients(lambda o=options: loss.call(features, 0.1, **o), features) for _ in range(3)]

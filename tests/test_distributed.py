@@ -23,6 +23,8 @@ from fastcl.exchange import Ranks
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
+from fastcl.losses.siglip import reference as siglip_reference
+from fastcl.losses.sup_con import reference as sup_con_reference
 from fastcl.terms import Operands, Plan
 from tests.cases import available_backends, relative_error
 
@@ -73,6 +75,76 @@ LOSSES = {
     "clip": Loss(
         lambda x, scale, bias, first, keys, **options: fastcl.clip_loss(*x, scale, bias, **options),
         lambda x, scale, bias: clip_reference(*x, scale, bias),
+        lambda pairs: (pairs, pairs),
+    ),
+}
+
+
+def _tag(rows: int, first: int, kinds: int) -> Tensor:
+    return ((torch.arange(rows) + first) * 5 // 3) % kinds
+
+
+def _views(**tags: int) -> Loss:
+    """NT-Xent with tags of so many kinds."""
+
+    def of(rows: int, first: int) -> dict[str, Tensor]:
+        return {name: _tag(rows, first, kinds) for name, kinds in tags.items()}
+
+    return Loss(
+        lambda x, scale, bias, first, keys, **options: fastcl.nt_xent(*x, 1 / scale, **of(len(x[0]), first), **options),
+        lambda x, scale, bias: (
+            sup_con_reference(torch.cat(x), of(len(x[0]), 0)["labels"].repeat(2), 1 / scale)
+            if "labels" in tags
+            else nt_xent_reference(*x, 1 / scale, **of(len(x[0]), 0))
+        ),
+        lambda pairs: (pairs, pairs),
+    )
+
+
+def _clip(**given: object) -> Loss:
+    """CLIP with options, where labels and ids are of so many kinds."""
+
+    def of(rows: int, first: int) -> dict[str, object]:
+        return {name: _tag(rows, first, kinds) if name in ("labels", "ids") else kinds for name, kinds in given.items()}
+
+    return Loss(
+        lambda x, scale, bias, first, keys, **options: fastcl.clip_loss(
+            *x, scale, normalize=True, **of(len(x[0]), first), **options
+        ),
+        lambda x, scale, bias: clip_reference(*x, scale, normalize=True, **of(len(x[0]), 0)),
+        lambda pairs: (pairs, pairs),
+    )
+
+
+LOSSES |= {
+    "nt_xent_ids": _views(ids=3),
+    "nt_xent_labels": _views(labels=4),
+    "clip_ids_margin": _clip(ids=5, false_negative_margin=0.1),
+    "clip_labels": _clip(labels=4),
+    "clip_smoothing": _clip(label_smoothing=0.2),
+    "sup_con": Loss(
+        lambda x, scale, bias, first, keys, **options: fastcl.sup_con_loss(
+            x[0], _tag(len(x[0]), first, 4), 1 / scale, form="in", label_width=1, **options
+        ),
+        lambda x, scale, bias: sup_con_reference(x[0], _tag(len(x[0]), 0, 4), 1 / scale, form="in", label_width=1),
+        lambda pairs: (pairs,),
+    ),
+    "info_nce_labels": Loss(
+        lambda x, scale, bias, first, keys, **options: fastcl.info_nce(
+            *x, 1 / scale, labels=_tag(len(x[0]), first, 4), ids=_tag(len(x[0]), first, 3), **options
+        ),
+        lambda x, scale, bias: info_nce_reference(
+            *x, 1 / scale, labels=(_tag(len(x[0]), 0, 4),) * 2, ids=(_tag(len(x[0]), 0, 3),) * 2
+        ),
+        lambda pairs: (pairs, pairs),
+    ),
+    "siglip": Loss(
+        lambda x, scale, bias, first, keys, exchange, **options: fastcl.siglip_loss(
+            *x, scale, bias, labels=_tag(len(x[0]), first, 4), ids=_tag(len(x[0]), first, 3), **options
+        ),
+        lambda x, scale, bias: siglip_reference(
+            *x, scale, bias, labels=_tag(len(x[0]), 0, 4), ids=_tag(len(x[0]), 0, 3)
+        ),
         lambda pairs: (pairs, pairs),
     ),
 }
@@ -138,7 +210,7 @@ def check_against_the_global_batch(rank: int, name: str, pairs: list[int], excha
     inputs = [split(x, of_ranks, rank) for x, of_ranks in zip(batch.inputs, lengths, strict=True)]
     parameters = [x.detach().clone().requires_grad_() for x in batch.parameters]
     *encoders, scale, bias = parameters
-    keys = sum(lengths[1])
+    keys = sum(lengths[-1])
     value = loss.call(
         encode(inputs, encoders),
         scale,

@@ -47,6 +47,29 @@ def test_a_mistaken_rank_is_an_error_on_every_rank(worlds, mistake: str) -> None
     worlds(3).run(check_stats)  # the group is still of use
 
 
+SIGLIP_MISTAKES = {
+    "dim": (lambda x, y, **o: fastcl.siglip_loss(x[:, :4], y[:, :4], 2.0, -1.0, **o), "shape of a row (5,) on rank 0"),
+    "scale": (lambda x, y, **o: fastcl.siglip_loss(x, y, 3.0, -1.0, **o), "scale 2.0 on rank 0, 2 and 3.0 on rank 1"),
+    "frozen": (lambda x, y, **o: fastcl.siglip_loss(x, y.detach(), 2.0, -1.0, **o), "gradient of rows, keys on rank 0"),
+    "reduction": (lambda x, y, **o: fastcl.siglip_loss(x, y, 2.0, -1.0, reduction="sum", **o), "and sum on rank 1"),
+}
+
+
+def mistaken_panels(rank: int, mistake: str) -> float:
+    z = [t.detach().clone().requires_grad_() for t in make_batch([4, 4]).inputs]
+    call = SIGLIP_MISTAKES[mistake][0] if rank == 1 else lambda x, y, **o: fastcl.siglip_loss(x, y, 2.0, -1.0, **o)
+    return call(*z, group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize("mistake", SIGLIP_MISTAKES)
+def test_a_mistaken_rank_of_a_loss_of_pairs(worlds, mistake: str) -> None:
+    for failure in worlds(3).outcomes(mistaken_panels, mistake):
+        assert isinstance(failure, Failure)
+        assert failure.kind == "ValueError", failure.text
+        assert SIGLIP_MISTAKES[mistake][1] in failure.message
+    worlds(3).run(check_stats)
+
+
 def out_of_range(rank: int) -> None:
     x, y = make_batch([4, 4]).inputs
     target = torch.full((4,), 7 + (rank == 1))

@@ -7,6 +7,9 @@ import torch
 
 import fastcl
 from benchmarks.peers import import_peer
+from fastcl import Mask, Reduce, Term
+from fastcl.engine import BACKENDS as BY_NAME
+from fastcl.terms import Operands, Plan
 from tests.cases import available_backends
 
 BACKENDS = pytest.mark.parametrize("backend", available_backends())
@@ -72,3 +75,68 @@ def test_info_nce_pytorch(views, backend: str) -> None:
         criterion(*views, negatives),
         (*views, negatives),
     )
+
+
+def sup_contrast(features: torch.Tensor, labels: torch.Tensor, temperature: float, base: float) -> torch.Tensor:
+    """The formula of SupContrast's SupConLoss, as its paper and code define it, on unit features [B, V, D]."""
+    contrast = torch.cat(torch.unbind(features, dim=1))
+    labels = labels.repeat(features.shape[1])
+    same = (labels[:, None] == labels).to(contrast.dtype).fill_diagonal_(0.0)
+    others = 1 - torch.eye(len(contrast), dtype=contrast.dtype)
+    logits = contrast @ contrast.T / temperature
+    log_p = logits - (logits.exp() * others).sum(dim=1, keepdim=True).log()
+    rows = (same * log_p).sum(dim=1) / same.sum(dim=1).clamp_min(1)
+    return -(temperature / base) * rows.mean()
+
+
+@BACKENDS
+def test_sup_contrast(views, backend: str) -> None:
+    labels = torch.arange(24) % 5
+    z = torch.stack((*views, views[0] - views[1]), dim=1)
+    unit = torch.nn.functional.normalize(z, dim=2)
+    assert_same(
+        fastcl.sup_con_loss(z, labels, 0.3, backend=skip_refusals(backend)), sup_contrast(unit, labels, 0.3, 0.3), views
+    )
+    rows = fastcl.sup_con_loss(z, labels, 0.3, reduction="none")
+    assert rows.shape == (24, 3)
+    torch.testing.assert_close(0.3 / 0.07 * rows.mean(), sup_contrast(unit, labels, 0.3, 0.07))
+    # Without labels each example is its own class: two views are SimCLR.
+    two = torch.stack(views, dim=1)
+    torch.testing.assert_close(fastcl.sup_con_loss(two, None, 0.3), fastcl.nt_xent(*views, 0.3))
+    torch.testing.assert_close(fastcl.nn.SupConLoss(0.3)(z, labels), rows.mean())
+
+
+@BACKENDS
+@pytest.mark.parametrize("classes", [4, 24])
+def test_pytorch_metric_learning_sup_con(views, backend: str, classes: int) -> None:
+    losses = peer("pytorch_metric_learning.losses")
+    labels = (torch.arange(24) % classes).repeat(2)
+    z = torch.cat(views)
+    ours = fastcl.sup_con_loss(z, labels, 0.3, backend=skip_refusals(backend))
+    assert_same(ours, losses.SupConLoss(temperature=0.3)(z, labels), views)
+    ours = fastcl.nt_xent(*views, 0.3, labels=labels[:24], backend=skip_refusals(backend))
+    assert_same(ours, losses.SupConLoss(temperature=0.3)(z, labels), views)
+
+
+def skip_refusals(backend: str) -> str:
+    """The backend, or a skip with its reason where it doesn't test labels."""
+    x = torch.zeros(2, 2)
+    plan = Plan((Term(Reduce.LSE, Mask(label=True)),))
+    reason = BY_NAME[backend].supports(plan, Operands(x, x, torch.tensor(1.0)))
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    return backend
+
+
+def test_open_clip_siglip(views) -> None:
+    criterion = peer("open_clip.loss").SigLipLoss()
+    images, texts = (torch.nn.functional.normalize(x.detach(), dim=1).requires_grad_() for x in views)
+    scale, bias = torch.tensor(9.0, requires_grad=True), torch.tensor(-4.0, requires_grad=True)
+    inputs = (images, texts, scale, bias)
+    assert_same(fastcl.siglip_loss(*inputs), criterion(*inputs), inputs)
+
+
+def test_info_nce_pytorch_with_negatives_of_each_query(views) -> None:
+    criterion = peer("info_nce").InfoNCE(temperature=0.3, negative_mode="paired")
+    negatives = torch.randn(24, 5, 10, requires_grad=True)
+    assert_same(fastcl.info_nce(*views, 0.3, negatives=negatives), criterion(*views, negatives), (*views, negatives))

@@ -26,8 +26,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fastcl.backends.triton.kernels.combine import combine_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.exponentials import exponentials_kernel, repair_kernel  # noqa: E402
-from fastcl.backends.triton.kernels.head import head_kernel  # noqa: E402
-from fastcl.backends.triton.kernels.redo import redo_kernel  # noqa: E402
+from fastcl.backends.triton.kernels.head import head_kernel, loss_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.sweep import sweep_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.unit import through_unit_kernel, unit_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.weights import weights_kernel  # noqa: E402
@@ -54,11 +53,11 @@ INFO_NCE = Plan((Term(Reduce.LSE, NEITHER), Term(Reduce.SUM, Mask(target=True)),
 
 WEIGHTS = {"MIRROR": False, "GROUP_M": 8}
 PANEL = {"TERMS": constants(INFO_NCE).row_terms, "USES_SELF": True, "USES_TARGET": True, "GROUP_M": 8}
-ONE_TERM = {"SELF": 2, "TARGET": 2}
+ONE_TERM = {"TERMS": ((0, 2, 2),)}
 CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("sweep_symmetric", sweep_kernel, constants(NT_XENT).as_arguments()),
     ("sweep", sweep_kernel, constants(CLIP).as_arguments()),
-    ("redo", redo_kernel, {"OWN_IS_ROW": True} | ONE_TERM),
+    ("redo", combine_kernel, {"OWN_IS_ROW": True, "TERMS": constants(NT_XENT).row_terms}),
     ("weights_symmetric", weights_kernel, constants(NT_XENT).as_arguments() | WEIGHTS | {"MIRROR": True}),
     ("weights", weights_kernel, constants(CLIP).as_arguments() | WEIGHTS),
     ("weights", exponentials_kernel, PANEL),
@@ -90,9 +89,9 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capabilit
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*" + (dtype if name in of_operands else "i32" if name == "target_ptr" else "fp32")
+            signature[name] = "*" + (dtype if name in of_operands else "i64" if name == "target_ptr" else "fp32")
         else:
-            signature[name] = "fp32" if name in ("threshold", "share") else "i32"
+            signature[name] = "fp32" if name in ("threshold", "share", "bound", "headroom") else "i32"
         if name.endswith("_ptr") or name in divisible:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
@@ -103,7 +102,8 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capabilit
 def compile_at(
     kernel: Any, dtype: str, precision: str, constants: dict[str, Any], capability: int, config: tuning.Config
 ) -> Any:
-    tile = {
+    tile = {"PIECE": min(config.piece, config.block_m, config.block_n)} if "PIECE" in kernel.arg_names else {}
+    tile |= {
         "EVEN_D": False,
         "PRECISION": precision,
         "BLOCK_M": config.block_m,
@@ -160,9 +160,10 @@ def test_float16_on_hopper(case: int, tmp_path: Path) -> None:
     assert usage(compiled, tmp_path).stack == 0
 
 
-@pytest.mark.parametrize("terms", [constants(NT_XENT).row_terms, constants(CLIP).column_terms])
-def test_combine_fits(terms: Any, tmp_path: Path) -> None:
-    compiled = compile_kernel(combine_kernel, "fp32", {"TERMS": terms, "BLOCK": 32}, 80, 4, 3)
+@pytest.mark.parametrize("plan", [NT_XENT, CLIP])
+def test_loss_fits(plan: Plan, tmp_path: Path) -> None:
+    terms = {"ROW_TERMS": constants(plan).row_terms, "COLUMN_TERMS": constants(plan).column_terms}
+    compiled = compile_kernel(loss_kernel, "fp32", terms | {"POSITIVE": 1, "BLOCK": 128}, 80, 4, 3)
     assert usage(compiled, tmp_path).stack == 0
 
 

@@ -55,6 +55,7 @@ PLANS = {
     "symmetric, several masks": Plan((Term(LSE, TARGET), Term(SUM), Term(LSE), Term(SUM, SELF)), symmetric=True),
 }
 SMALL_TILES = tuning.Config(block_m=16, block_n=16, block_d=16, num_warps=4, num_stages=2)
+IN_PIECES = dataclasses.replace(SMALL_TILES, block_m=32, block_n=32, piece=16)
 WIDE_TILES = dataclasses.replace(SMALL_TILES, block_n=32)
 
 
@@ -178,6 +179,20 @@ def test_shapes(name: str, n: int, m: int, d: int) -> None:
 def test_tiles_that_are_not_square(name: str) -> None:
     with tuning.override(WIDE_TILES, workspace_bytes=4 * 16 * 64):
         check(PLANS[name], make_operands(PLANS[name], 50, 70))
+
+
+@interpreted
+@pytest.mark.parametrize("n", [83, 96])
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+@pytest.mark.parametrize("name", ["nt_xent with max", "symmetric, several masks", "clip with max"])
+def test_exceptional_tiles_in_pieces(name: str, scale: float, n: int) -> None:
+    """Several pieces to a tile, with tiles that hold nothing exceptional beside them."""
+    plan = PLANS[name]
+    with tuning.override(IN_PIECES, workspace_bytes=4 * 32 * 64):
+        operands = make_operands(plan, n, n if plan.symmetric else 130, scale=scale)
+        if plan.uses_target:
+            operands = dataclasses.replace(operands, target=(torch.arange(n) + n // 2) % n)
+        check(plan, operands, gradient_tolerance=5e-5)
 
 
 @interpreted

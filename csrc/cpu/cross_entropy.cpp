@@ -81,11 +81,10 @@ double in_one_sweep(const Sweep& sweep, const Workers& workers, RowPanels job) {
   const Level& level = selected();
   std::vector<double> losses(sweep.x.rows);
   job.losses = losses.data();
-  const int64_t panels = row_blocks(sweep);
   const int64_t tiles = job.b == nullptr ? 0 : (sweep.y.rows + sweep.tile - 1) / sweep.tile;
   // Panels that have added to each tile of columns: they take turns in their order, whatever the number of threads.
   std::vector<std::atomic<int64_t>> turns(tiles);
-  const Schedule schedule(panels, 1, Writes::kRows, 1);
+  const Schedule schedule(job.count, 1, Writes::kRows, 1);
   schedule.run(worth(workers, sweep), level.panel_bytes(sweep, job), [&](const Task& task, void* memory) {
     const int64_t panel = task.rows.begin;
     level.panel(sweep, job, panel, memory);
@@ -116,9 +115,11 @@ double cross_entropy(const Problem& problem, const Workers& workers, const Cross
   if (looks_along_rows_only(problem) && (a != nullptr || b != nullptr)) {
     Sweep sweep = make_sweep(problem);
     sweep.shift += kRaise;
-    sweep.row_block = panel_rows(sweep, b != nullptr);
-    if (sweep.row_block > 0) {
-      return in_one_sweep(sweep, workers, {head, statistics.rows, nullptr, a, b, positive, problem.flag_below});
+    const int64_t count = panel_count(sweep, b != nullptr);
+    if (count > 0) {
+      const int64_t units = (sweep.x.rows + kPanelUnit - 1) / kPanelUnit;
+      sweep.row_block = (units + count - 1) / count * kPanelUnit;
+      return in_one_sweep(sweep, workers, {count, head, statistics.rows, nullptr, a, b, positive, problem.flag_below});
     }
   }
   return in_two_sweeps(problem, workers, head, statistics, a, b, positive);

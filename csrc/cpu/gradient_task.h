@@ -82,23 +82,30 @@ inline double exceptional_weight(const AxisTerms& axis, const AxisGradient& grad
   return weight;
 }
 
+#ifdef __AVX512BF16__
+// Stores W of the tile's rows `row` and `row + 1`, from `column` on, as the LEFT of both products.
+inline void store_pair(Vector even, Vector odd, int64_t row, int64_t column, const Workspace& space) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  // The numbers c and 16 + c for each c.
+  const __m512i neighbours =
+      _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  uint16_t* rows = reinterpret_cast<uint16_t*>(space.w_rows + row * (kTilePitch / 2)) + column;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows), _mm512_castsi512_si256(both));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + kTilePitch), _mm512_extracti64x4_epi64(both, 1));
+  _mm512_storeu_si512(space.w_columns + row / 2 * kTilePitch + column, _mm512_permutexvar_epi16(neighbours, both));
+}
+#endif
+
 // Stores a strip of W as the LEFT of both products. For floats both are the strip itself.
 template <class Dot>
 inline void store_weights([[maybe_unused]] const Strip& strip, [[maybe_unused]] const Workspace& space) {
 #ifdef __AVX512BF16__
   if constexpr (Dot::kPairs == 2) {
     for (int64_t r = 0; r < kStrip; r += 2) {
-      uint16_t* even = reinterpret_cast<uint16_t*>(space.w_rows + (strip.row + r) * (kTilePitch / 2)) + strip.column;
-      uint16_t* odd = even + kTilePitch;
-      float* pairs = space.w_columns + (strip.row + r) / 2 * kTilePitch + strip.column;
       for (int64_t c = 0; c < strip.vectors * kLanes; c += kLanes) {
         const float* weights = strip.dots + r * kTilePitch + c;
-        const __m256i upper = (__m256i)_mm512_cvtneps_pbh((__m512)load(weights));
-        const __m256i lower = (__m256i)_mm512_cvtneps_pbh((__m512)load(weights + kTilePitch));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(even + c), upper);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(odd + c), lower);
-        _mm512_storeu_si512(pairs + c, _mm512_or_si512(_mm512_cvtepu16_epi32(upper),
-                                                       _mm512_slli_epi32(_mm512_cvtepu16_epi32(lower), 16)));
+        store_pair(load(weights), load(weights + kTilePitch), strip.row + r, strip.column + c, space);
       }
     }
   }

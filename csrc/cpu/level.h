@@ -15,6 +15,8 @@ namespace fastcl::cpu {
 // panel (32, 16 or 8 columns).
 constexpr int64_t kMaxTile = 384;
 constexpr int64_t kTileUnit = 96;
+// What the rows of a panel (see RowPanels) are a multiple of: every level's strip.
+constexpr int64_t kPanelUnit = 12;
 
 // Dense log-sum-exp terms along one axis.
 constexpr int kMaxDense = 4;
@@ -106,9 +108,9 @@ struct AxisGradient {
 };
 
 // Value and gradient in one sweep, for losses that look along rows only: a panel of rows is complete, and its
-// gradient's weights known, while exp(S - shift) of the whole panel is still there. Panels are the sweep's blocks of
-// rows.
+// gradient's weights known, while exp(S - shift) of the whole panel is still there.
 struct RowPanels {
+  int64_t count;  // panels, as even as can be and of sweep.row_block rows at most
   CrossEntropy head;
   float* statistics;  // [terms, x.rows]
   double* losses;     // [x.rows]

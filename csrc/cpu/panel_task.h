@@ -60,18 +60,38 @@ inline size_t lay_out_panel(const Sweep& sweep, const RowPanels& job, char* base
   return used;
 }
 
-// Overwrites a strip's dots with exp2(dot * scale - shift), and sums them along the rows.
-inline void exponentiate(const Strip& strip, float scale, const float* shifts, float* row_sums) {
+// The rows of a panel: whole strips, as evenly shared as can be.
+inline Tile panel_tile(const Sweep& sweep, const RowPanels& job, int64_t panel) {
+  const int64_t units = (sweep.x.rows + kPanelUnit - 1) / kPanelUnit;
+  const int64_t first = units * panel / job.count * kPanelUnit;
+  const int64_t end = smaller(sweep.x.rows, units * (panel + 1) / job.count * kPanelUnit);
+  return {first, end - first, 0, 0, false};
+}
+
+// E = exp2(dot * scale - shift) of a strip, stored as the LEFT of both products, and its sums along the rows.
+template <class Dot>
+inline void exponentiate(const Strip& strip, float scale, const float* shifts, [[maybe_unused]] const Workspace& space,
+                         float* row_sums) {
   Vector sums[kStrip];
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) sums[r] = Vector{};
   for (int64_t v = 0; v < strip.vectors; ++v) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kStrip; ++r) {
-      float* p = strip.dots + r * kTilePitch + v * kLanes;
-      const Vector e = exp2(load(p) * scale - shifts[r]);
+    for (int r = 0; r < kStrip; r += 2) {
+      float* even = strip.dots + r * kTilePitch + v * kLanes;
+      float* odd = even + kTilePitch;
+      const Vector e = exp2(load(even) * scale - shifts[r]);
+      const Vector f = exp2(load(odd) * scale - shifts[r + 1]);
       sums[r] += e;
-      store(p, e);
+      sums[r + 1] += f;
+      if constexpr (Dot::kPairs == 1) {
+        store(even, e);
+        store(odd, f);
+      } else {
+#ifdef __AVX512BF16__
+        store_pair(e, f, strip.row + r, v * kLanes, space);
+#endif
+      }
     }
   }
 #pragma GCC unroll 16
@@ -102,9 +122,8 @@ inline void sweep_panel(const Sweep& sweep, const RowPanels& job, Tile tile, Pan
     for_each_strip<Dot>(sweep, tile, own, Dot::kPairs == 1, [&](const Strip& strip) {
       if (sweep.rows.dense_max) merge_maxima(strip, scale.logit, tile.columns, state.maxima, nullptr);
       float sums[kStrip];
-      exponentiate(strip, factor, state.shifts + strip.row, sums);
+      exponentiate<Dot>(strip, factor, state.shifts + strip.row, own, sums);
       for (int64_t r = 0; r < strip.height; ++r) state.sums[strip.row + r] += sums[r];
-      store_weights<Dot>(strip, own);
     });
     for (int32_t i = 0; i < own.exceptional->strip_end[kMaxStrips]; ++i) {
       const Exceptional& pair = own.exceptional->pairs[i];
@@ -176,8 +195,7 @@ inline int term_of(const AxisTerms& axis, Reduce reduce) {
 
 // The panel's E, and what it says of the rows; where the one shift did not suffice, once more with one for each row.
 template <class Dot>
-inline void sweep_rows(const Sweep& sweep, const RowPanels& job, const Tile& tile, int64_t panel, PanelSpace& space,
-                       void* memory) {
+inline void sweep_rows(const Sweep& sweep, const RowPanels& job, const Tile& tile, PanelSpace& space) {
   PanelState& state = *space.state;
   const int log_sum_exp = term_of(sweep.rows, Reduce::kLogSumExp);
   prepare_tile_rows<Dot>(sweep, tile, false, space.tile);
@@ -191,8 +209,7 @@ inline void sweep_rows(const Sweep& sweep, const RowPanels& job, const Tile& til
     flagged |= term_value(sweep.rows, state, log_sum_exp, r) - sweep.shift < job.flag_below;
   }
   if (!flagged) return;
-  running_task<Dot>(sweep, {{panel, panel + 1, 1}, {0, 1, 1}, 0, 0}, job.losses, memory);
-  std::memcpy(state.log_sums, job.losses + tile.row, sizeof(double) * tile.rows);
+  running_rows<Dot>(sweep, tile, state.log_sums, space.tile);
   for (int64_t r = 0; r < tile.rows; ++r) {
     state.shifts[r] = static_cast<float>(term_value(sweep.rows, state, log_sum_exp, r)) * kLog2E;
     // A row that admits nothing, or nothing but -inf, weighs nothing.
@@ -247,9 +264,8 @@ template <class Dot>
 void panel_task(const Sweep& sweep, const RowPanels& job, int64_t panel, void* memory) {
   PanelSpace space;
   lay_out_panel<Dot>(sweep, job, static_cast<char*>(memory), space);
-  const int64_t first = panel * sweep.row_block;
-  const Tile tile{first, smaller(sweep.x.rows - first, sweep.row_block), 0, 0, false};
-  sweep_rows<Dot>(sweep, job, tile, panel, space, memory);
+  const Tile tile = panel_tile(sweep, job, panel);
+  sweep_rows<Dot>(sweep, job, tile, space);
   finish_rows(sweep, job, tile, space);
   if (job.b != nullptr) prepare_scaled_rows<Dot>(sweep, tile, space);
 }
@@ -258,10 +274,10 @@ template <class Dot>
 void panel_columns_task(const Sweep& sweep, const RowPanels& job, int64_t panel, int64_t column, void* memory) {
   PanelSpace space;
   lay_out_panel<Dot>(sweep, job, static_cast<char*>(memory), space);
-  const int64_t first = panel * sweep.row_block;
   const int64_t depth = sweep.x.depth;
-  const Tile tile{first, smaller(sweep.x.rows - first, sweep.row_block), column * sweep.tile,
-                  smaller(sweep.y.rows - column * sweep.tile, sweep.tile), false};
+  Tile tile = panel_tile(sweep, job, panel);
+  tile.column = column * sweep.tile;
+  tile.columns = smaller(sweep.y.rows - tile.column, sweep.tile);
   float* out = job.b + tile.column * depth;
   if (panel == 0) std::memset(out, 0, sizeof(float) * tile.columns * depth);
   add_product<Dot, Layout::kColumnMajor>(space.column_lhs + column * space.column_lhs_size, kTilePitch,
@@ -271,7 +287,7 @@ void panel_columns_task(const Sweep& sweep, const RowPanels& job, int64_t panel,
     const PanelPair& pair = space.state->pairs[e];
     const int64_t at = pair.column - tile.column;
     if (at < 0 || at >= tile.columns) continue;
-    widen_row(sweep.x, first + pair.row, space.row);
+    widen_row(sweep.x, tile.row + pair.row, space.row);
     add_scaled(pair.weight, space.row, depth, out + at * depth);
   }
 }

@@ -41,22 +41,25 @@ int64_t block_size(int64_t length, int64_t tile) {
   return tile * std::max<int64_t>(1, ceil_divide(tiles, kMaxBlocks));
 }
 
-int64_t panel_rows(const Sweep& sweep, bool kept) {
+int64_t panel_count(const Sweep& sweep, bool kept) {
   constexpr int64_t kPanelBytes = int64_t{32} << 20;
-  constexpr int64_t kUnit = 48;
-  // Each panel packs all of y, so the higher the better, as long as threads share the panels evenly.
-  constexpr int64_t kEnough = 18;
+  constexpr int64_t kLowest = 48;
+  // Each panel packs all of y, so the fewer the better, as long as threads share them evenly.
+  constexpr int64_t kEnough = 16;
+  constexpr int64_t kEven = 4;
   constexpr int64_t kTooFew = 4;
   const int64_t rows = sweep.x.rows;
   const int64_t columns = sweep.y.rows;
   int64_t height = sweep.tile;
   if (kept) {
     const int64_t row_bytes = sizeof(float) * ceil_divide(columns, kMaxTile) * (kMaxTile + 16);
-    height = std::min(height, kPanelBytes / row_bytes / kUnit * kUnit);
+    height = std::min(height, kPanelBytes / row_bytes / kPanelUnit * kPanelUnit);
   }
-  if (is_small(rows, columns, sweep.x.depth)) return height;
-  height = std::min(height, ceil_divide(ceil_divide(rows, kEnough), kUnit) * kUnit);
-  return height > 0 && ceil_divide(rows, height) >= kTooFew ? height : 0;
+  if (height < kLowest) return 0;
+  const int64_t fewest = ceil_divide(rows, height);
+  if (is_small(rows, columns, sweep.x.depth)) return fewest;
+  const int64_t count = std::max(fewest, std::min(kEnough, ceil_divide(rows, kLowest)));
+  return count < kTooFew ? 0 : ceil_divide(count, kEven) * kEven;
 }
 
 Workers worth(const Workers& workers, const Sweep& sweep) {

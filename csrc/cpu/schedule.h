@@ -48,9 +48,9 @@ class Schedule {
 int64_t tile_size(int64_t rows, int64_t columns, int64_t depth);
 int64_t block_size(int64_t length, int64_t tile);
 
-// Rows of a panel of whole rows (see panel_task.h), or 0 where panels would be too low or too few to pay. `kept` says
-// whether exp(S - shift) of a panel is kept.
-int64_t panel_rows(const Sweep& sweep, bool kept);
+// The number of panels of whole rows (see panel_task.h), or 0 where they would be too low or too few to pay. `kept`
+// says whether exp(S - shift) of a panel is kept.
+int64_t panel_count(const Sweep& sweep, bool kept);
 
 // `workers`, or one thread where the problem is too small for more to pay.
 Workers worth(const Workers& workers, const Sweep& sweep);

@@ -119,31 +119,35 @@ inline void add_row(Running& running, const float* dots, int64_t vectors, float 
   running = {max, kept + sum(sums)};
 }
 
+// values[tile.rows] from all columns.
+template <class Dot>
+inline void running_rows(const Sweep& sweep, Tile tile, double* values, Workspace& space) {
+  const Scale scale(sweep.scale);
+  Running running[kMaxTile];
+  prepare_tile_rows<Dot>(sweep, tile, false, space);
+  for (; tile.column < sweep.y.rows; tile.column += sweep.tile) {
+    tile.columns = smaller(sweep.y.rows - tile.column, sweep.tile);
+    prepare_columns<Dot>(sweep, tile, false, space);
+    for_each_strip<Dot>(sweep, tile, space, false, [&](const Strip& strip) {
+      for (int64_t r = 0; r < strip.height; ++r) {
+        add_row(running[strip.row + r], strip.dots + r * kTilePitch, strip.vectors, scale.logit);
+      }
+    });
+  }
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const double max = running[r].max;
+    values[r] = std::isinf(max) ? max : max + std::log(running[r].sum);
+  }
+}
+
 template <class Dot>
 void running_task(const Sweep& sweep, const Task& task, double* values, void* memory) {
   Workspace space;
   lay_out<Dot>(sweep, static_cast<char*>(memory), space);
-  const Scale scale(sweep.scale);
-  Running running[kMaxTile];
   for (int64_t rb = task.rows.begin; rb < task.rows.end; rb += task.rows.step) {
     const int64_t row_end = smaller((rb + 1) * sweep.row_block, sweep.x_count);
     for (int64_t row = rb * sweep.row_block; row < row_end; row += sweep.tile) {
-      Tile tile{row, smaller(row_end - row, sweep.tile), 0, 0, false};
-      prepare_tile_rows<Dot>(sweep, tile, false, space);
-      for (int64_t r = 0; r < tile.rows; ++r) running[r] = Running{};
-      for (; tile.column < sweep.y.rows; tile.column += sweep.tile) {
-        tile.columns = smaller(sweep.y.rows - tile.column, sweep.tile);
-        prepare_columns<Dot>(sweep, tile, false, space);
-        for_each_strip<Dot>(sweep, tile, space, false, [&](const Strip& strip) {
-          for (int64_t r = 0; r < strip.height; ++r) {
-            add_row(running[strip.row + r], strip.dots + r * kTilePitch, strip.vectors, scale.logit);
-          }
-        });
-      }
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        const double max = running[r].max;
-        values[row + r] = std::isinf(max) ? max : max + std::log(running[r].sum);
-      }
+      running_rows<Dot>(sweep, {row, smaller(row_end - row, sweep.tile), 0, 0, false}, values + row, space);
     }
   }
 }

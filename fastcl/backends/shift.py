@@ -17,7 +17,7 @@ from torch import Tensor
 from fastcl.terms import Operands
 
 _HEADROOM = 80.0
-_ROUNDING = 1.0 + 2.0**-7
+ROUNDING = 1.0 + 2.0**-7
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
@@ -26,8 +26,12 @@ def fixed_shift(operands: Operands, scale: float | Tensor) -> float | Tensor:
 
     For a tensor c stays on its device, and nothing waits for it; so it does where the norms have to be looked at.
     """
-    n, m = operands.shape
-    return abs(scale) * norm_bound(operands) * _ROUNDING - (_HEADROOM - math.log(max(n, m)))
+    return abs(scale) * norm_bound(operands) * ROUNDING - headroom(operands)
+
+
+def headroom(operands: Operands) -> float:
+    """How far the bound of the logits, a hair raised for their rounding, lies above the shift."""
+    return _HEADROOM - math.log(max(operands.shape))
 
 
 def flag_threshold(operands: Operands) -> float:

@@ -6,17 +6,22 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastcl.checks import check_choice, check_pair, check_scalar
-from fastcl.losses.common import REDUCTIONS, LossStats, softmax_loss, summarize
-from fastcl.terms import Axis, Mask, Reduce, Term
-
-_NEGATIVES = Mask(self_pair=False)
-_TERMS = (
-    Term(Reduce.LSE, _NEGATIVES),
-    Term(Reduce.LSE, _NEGATIVES, Axis.COLUMN),
-    Term(Reduce.SUM, Mask(self_pair=True)),
+from fastcl.checks import check_pair, check_scalar
+from fastcl.losses.common import (
+    LossStats,
+    Run,
+    check_options,
+    check_tags,
+    check_weight,
+    false_negative_threshold,
+    margin_test,
+    normalize_rows,
+    row_similarity,
+    softmax_loss,
+    summarize,
 )
-_HARDEST = (Term(Reduce.MAX, _NEGATIVES), Term(Reduce.MAX, _NEGATIVES, Axis.COLUMN))
+from fastcl.losses.sup_con import Labelled, multi_positive_loss
+from fastcl.terms import Axis, Mask, Reduce, Tags, Term
 
 
 def clip_loss(
@@ -25,6 +30,11 @@ def clip_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None = None,
     *,
+    labels: Tensor | None = None,
+    ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    label_smoothing: float = 0.0,
     normalize: bool = False,
     reduction: str = "mean",
     return_stats: bool = False,
@@ -47,6 +57,14 @@ def clip_loss(
         image_features, text_features: [B, D], in one dtype (float64, float32, bfloat16, float16) and on one device.
         logit_scale: 1 / temperature, a positive float or a 0-d tensor, which may require grad.
         logit_bias: a float or a 0-d tensor. A softmax is blind to it: it changes neither the loss nor any gradient.
+        labels: integers [B]: all images and texts with an equal label are positives of each other (several captions of
+            an image, say); each direction is the loss of :func:`fastcl.sup_con_loss`.
+        ids: integers [B]: pairs with an equal id are never negatives of each other (duplicates).
+        weight: [B], a constant factor of a pair's loss. The mean still divides by B.
+        false_negative_margin: leave out negatives that are more similar than the row's positive by more than this, as
+            likely positives that nobody marked; a similarity, before the scale.
+        label_smoothing: the share of the target that is spread evenly over all candidates; without ``labels``,
+            ``ids`` or a margin.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [B].
         return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
@@ -77,27 +95,53 @@ def clip_loss(
     check_scalar("logit_scale", logit_scale, positive=True)
     if logit_bias is not None:
         check_scalar("logit_bias", logit_bias, positive=False)
-    check_choice("reduction", reduction, REDUCTIONS)
     check_pair(
         "image_features", image_features, "text_features", text_features, same_rows=True, may_be_empty=group is not None
     )
+    check_tags(image_features, labels=labels, ids=ids)
+    check_weight(weight, image_features)
+    check_options(labels, ids, false_negative_margin, label_smoothing)
+    margin = false_negative_margin
     bias = "a tensor" if isinstance(logit_bias, Tensor) else logit_bias
-    loss, (_, _, positive, *hardest) = softmax_loss(
-        image_features,
-        text_features,
-        _TERMS + _HARDEST if return_stats else _TERMS,
-        logit_scale,
-        reduction=reduction,
-        normalize=normalize,
-        backend=backend,
-        group=group,
-        exchange=exchange,
-        call=f"loss=clip_loss\nreturn_stats={return_stats}\nlogit_bias={bias}",
-    )
+    run = Run.checked(
+        reduction, backend, group, exchange, loss="clip_loss", normalize=normalize, return_stats=return_stats,
+        labels=labels is not None, ids=ids is not None, margin=margin is not None, smoothing=label_smoothing > 0,
+        logit_bias=bias,
+    )  # fmt: skip
+    images, texts, norm_bound = image_features, text_features, None
+    if labels is not None:
+        pairs = Labelled(images, texts, Tags(labels, ids), Tags(labels, ids))
+        loss, stats = multi_positive_loss(
+            run, pairs, logit_scale, both_axes=True, normalize=normalize, weight=weight, return_stats=return_stats
+        )
+    else:
+        threshold = None
+        if normalize and margin is not None:
+            images, texts, normalize, norm_bound = normalize_rows(images), normalize_rows(texts), False, 1.0
+        if margin is not None:
+            threshold = false_negative_threshold(row_similarity(images, texts), margin, logit_scale)
+        negatives = Mask(self_pair=False, id=None if ids is None else False, above=margin_test(margin))
+        kinds = (Reduce.LSE, Reduce.MAX) if return_stats else (Reduce.LSE,)
+        terms = [Term(Reduce.SUM, Mask(self_pair=True))]
+        terms += [Term(reduce, negatives, axis) for reduce in kinds for axis in Axis]
+        loss, (positive, _, _, *hardest) = softmax_loss(
+            run,
+            images,
+            texts,
+            terms,
+            logit_scale,
+            normalize=normalize,
+            weight=weight,
+            tags=Tags(None, ids, threshold),
+            key_tags=Tags(None, ids, threshold),
+            norm_bound=norm_bound,
+            label_smoothing=label_smoothing,
+        )
+        stats = summarize(run, positive, hardest, None, logit_scale) if return_stats else None
     if logit_bias is not None:
         # A parameter that changes nothing has a gradient of zero, not none; a NaN in it still shows.
         loss = loss + 0.0 * logit_bias
-    return (loss, summarize(positive, hardest, None, logit_scale, group)) if return_stats else loss
+    return (loss, stats) if return_stats else loss
 
 
 def reference(
@@ -106,6 +150,10 @@ def reference(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None = None,
     *,
+    labels: Tensor | None = None,
+    ids: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    label_smoothing: float = 0.0,
     normalize: bool = False,
 ) -> Tensor:
     """The textbook formula with the whole similarity matrix: the loss of each pair, [B]."""
@@ -116,6 +164,23 @@ def reference(
     logits = logit_scale * image_features @ text_features.T
     if logit_bias is not None:
         logits = logits + logit_bias
+    directions = (logits, logits.T)
+    if ids is not None or false_negative_margin is not None or labels is not None:
+        diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        positive = diagonal if labels is None else labels[:, None] == labels
+        dropped = [torch.zeros_like(diagonal), torch.zeros_like(diagonal)]
+        if ids is not None:
+            dropped = [d | (ids[:, None] == ids) for d in dropped]
+        if false_negative_margin is not None:
+            margin = false_negative_margin * logit_scale
+            dropped = [d | (s > s.diagonal()[:, None] + margin) for d, s in zip(dropped, directions, strict=True)]
+        directions = [s.masked_fill(d & ~positive, float("-inf")) for s, d in zip(directions, dropped, strict=True)]
+    if labels is not None:
+        log_p = [s.log_softmax(dim=1).masked_fill(~positive, 0.0) for s in directions]
+        return -0.5 * (log_p[0] + log_p[1]).sum(dim=1) / positive.sum(dim=1)
     target = torch.arange(len(logits), device=logits.device)
-    by_row = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-    return 0.5 * (by_row + torch.nn.functional.cross_entropy(logits.T, target, reduction="none"))
+    by_row, by_column = (
+        torch.nn.functional.cross_entropy(s, target, reduction="none", label_smoothing=label_smoothing)
+        for s in directions
+    )
+    return 0.5 * (by_row + by_column)

@@ -1,4 +1,4 @@
-"""What the softmax losses share: normalisation, the loss from its terms, and the statistics they report.
+"""What the losses share: how one is run and reduced, normalisation, the softmax loss of one positive, its statistics.
 
 May import the primitives, :mod:`fastcl.terms` and :mod:`fastcl.checks`.
 """
@@ -6,6 +6,7 @@ May import the primitives, :mod:`fastcl.terms` and :mod:`fastcl.checks`.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,13 +15,120 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from fastcl.checks import check_choice
+from fastcl.checks import check_choice, check_row_vector
 from fastcl.cross_entropy import cross_entropy
 from fastcl.distributed import EXCHANGES
 from fastcl.pairwise import pairwise
-from fastcl.terms import Reduce, Term, accumulation_dtype
+from fastcl.panels import PanelFunction, panel_rows, panel_sum
+from fastcl.terms import NO_TAGS, Mask, Reduce, Tags, Term, accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class Run(NamedTuple):
+    """Where and over which ranks a loss is computed, and how its rows become one number.
+
+    ``call`` says in lines ``name=value`` what all ranks must agree on besides the arguments of a primitive.
+    """
+
+    reduction: str
+    backend: str | None
+    group: ProcessGroup | None
+    exchange: str
+    call: str
+
+    @classmethod
+    def checked(
+        cls, reduction: str, backend: str | None, group: ProcessGroup | None, exchange: str, **call: object
+    ) -> Run:
+        """The same, once it is certain that the options exist."""
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("exchange", exchange, EXCHANGES)
+        lines = [f"{name}={value}" for name, value in {**call, "reduction": reduction}.items()]
+        return cls(reduction, backend, group, exchange, "\n".join(lines))
+
+    def statistics(
+        self,
+        a: Tensor,
+        b: Tensor | None,
+        terms: Sequence[Term],
+        scale: float | Tensor,
+        *,
+        target: Tensor | None = None,
+        tags: Tags = NO_TAGS,
+        key_tags: Tags = NO_TAGS,
+        label_width: int = 0,
+        norm_bound: float | None = None,
+    ) -> tuple[Tensor, ...]:
+        """:func:`fastcl.pairwise` of this backend, over this group."""
+        return pairwise(
+            a,
+            b,
+            terms,
+            scale,
+            target=target,
+            tags=tags,
+            key_tags=key_tags,
+            label_width=label_width,
+            norm_bound=norm_bound,
+            backend=self.backend,
+            group=self.group,
+            exchange=self.exchange,
+            call=self.call,
+        )
+
+    def panels(
+        self, function: PanelFunction, a: Tensor, b: Tensor | None, weight: Tensor | None = None, **operands: object
+    ) -> Tensor:
+        """The loss whose rows are the only output of a panel function, of :func:`fastcl.panels.panel_sum`'s operands.
+
+        Mean and sum take one sweep over S for value and gradients; the losses of the rows take another for backward.
+        """
+        self.check_is_tiled()
+        operands |= {"group": self.group, "call": self.call}
+        if self.reduction == "none":
+            (loss,) = panel_rows(function, a, b, **operands)
+            return self.reduce(loss, weight)
+        weights = None if weight is None else weight.detach()
+        (loss,) = panel_sum(function, a, b, weights=weights, **operands)
+        both = self.over_ranks(torch.stack((loss, loss.new_full((), a.shape[0]))), "sum")
+        return both[0] / both[1] if self.reduction == "mean" else both[0]
+
+    def check_is_tiled(self) -> None:
+        """Raise if another backend was asked for than the one for what is plain PyTorch on every device."""
+        insisted = self.backend or os.environ.get("FASTCL_BACKEND")
+        if insisted not in (None, "", "tiled"):
+            raise ValueError(
+                f"backend {insisted!r} can't compute this call: a loss of every single pair is computed over panels of "
+                f"S in plain PyTorch, which is backend 'tiled'"
+            )
+
+    def reduce(self, loss: Tensor, weight: Tensor | None = None, has_say: Tensor | None = None) -> Tensor:
+        """The rows' losses [rows] times their weights, with 0 where a row has no say: their mean, sum, or themselves.
+
+        Mean and sum are over the rows of all ranks of the group.
+        """
+        if weight is not None:
+            loss = loss * weight.detach().to(loss.dtype)
+        if has_say is not None:
+            loss = loss.where(has_say, loss.new_zeros(()))
+        if self.reduction == "none":
+            return loss
+        total, count = self.over_ranks(torch.stack((loss.sum(), loss.new_full((), loss.shape[0]))), "sum").unbind()
+        return total / count if self.reduction == "mean" else total
+
+    def over_ranks(self, x: Tensor, operation: str) -> Tensor:
+        """The "sum" or "max" over the ranks of the group, if there is one."""
+        return over_ranks(x, operation, self.group)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The rows of all ranks of the group, without gradient."""
+        return x if self.group is None else torch.ops.fastcl.gather_over_ranks(x, self.group.group_name, self.call)[0]
+
+
+def over_ranks(x: Tensor, operation: str, group: ProcessGroup | None) -> Tensor:
+    """The "sum" or "max" over the ranks of the group, if there is one."""
+    return x if group is None else torch.ops.fastcl.reduce_over_ranks(x, operation, group.group_name)
 
 
 class LossStats(NamedTuple):
@@ -50,105 +158,180 @@ def inverse(tau: float | Tensor, features: Tensor) -> float | Tensor:
     return 1.0 / (tau.to(accumulation_dtype(features.dtype)) if isinstance(tau, Tensor) else tau)
 
 
+def row_similarity(x: Tensor, y: Tensor) -> Tensor:
+    """<x[i], y[i]> for each i, in the accumulation dtype."""
+    dtype = accumulation_dtype(x.dtype)
+    return (x.to(dtype) * y.to(dtype)).sum(dim=-1)
+
+
+def safe_logsumexp(x: Tensor) -> Tensor:
+    """log-sum-exp along the last dimension, whose gradient is 0 and not NaN where everything is -inf."""
+    nothing = (x == -math.inf).all(dim=-1)
+    found = torch.logsumexp(x.masked_fill(nothing[..., None], 0.0), dim=-1)
+    return found.masked_fill(nothing, -math.inf)
+
+
+def check_tags(rows: Tensor, **tags: Tensor | None) -> None:
+    """Raise unless each of the tags is None or holds one integer for each row."""
+    for name, tag in tags.items():
+        if tag is not None:
+            check_row_vector(name, tag, rows, integer=True)
+
+
+def check_weight(weight: Tensor | None, rows: Tensor) -> None:
+    """Raise unless ``weight`` is None or holds one number for each row."""
+    if weight is not None:
+        check_row_vector("weight", weight, rows, integer=False)
+
+
+def exclude(name: str, **others: object) -> None:
+    """Raise if an argument that excludes the argument ``name`` was given, too."""
+    for other, value in others.items():
+        if value is not None:
+            shown = f"{other} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{other}={value!r}"
+            raise ValueError(f"{name} and {other} exclude each other, got {shown} besides {name}")
+
+
+def check_options(labels: object, ids: object, false_negative_margin: float | None, label_smoothing: float) -> None:
+    """Raise unless these options of a softmax loss go together."""
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+    if label_smoothing:
+        exclude("label_smoothing", labels=labels, ids=ids, false_negative_margin=false_negative_margin)
+    if labels is not None:
+        exclude("labels", false_negative_margin=false_negative_margin)
+
+
+def margin_test(margin: float | None) -> bool | None:
+    """What a mask of negatives says of pairs above the threshold of a margin."""
+    return None if margin is None else False
+
+
 def softmax_loss(
+    run: Run,
     a: Tensor,
     b: Tensor | None,
     terms: Sequence[Term],
     scale: float | Tensor,
     *,
-    reduction: str,
     normalize: bool,
     positive: Tensor | None = None,
     has_positive: Tensor | None = None,
+    weight: Tensor | None = None,
     target: Tensor | None = None,
+    tags: Tags = NO_TAGS,
+    key_tags: Tags = NO_TAGS,
     norm_bound: float | None = None,
-    backend: str | None = None,
-    group: ProcessGroup | None = None,
-    exchange: str = "auto",
-    call: str = "",
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """-log softmax of each row's positive, averaged over the LSE terms, and the values of all terms.
 
     The LSE terms admit negatives only: softplus(L - positive) keeps its precision when the positive dominates, where
     the difference of a log-sum-exp over everything and the positive cancels. Rows without negatives (L = -inf) have
     loss 0 and gradient 0, and so have rows where ``has_positive`` is false. The positive is the SUM term unless given.
+    ``label_smoothing`` is the share of the target that is spread evenly over all pairs (but a row's with itself).
 
     A mean or a sum is one operator call for value and gradient. The losses of the single rows, whose weights only
-    backward knows, take one for each, and so do those of a ``group``, whose rows are complete only after the exchange.
-    ``call`` says in lines ``name=value`` what all ranks of the group must agree on besides the arguments here.
+    backward knows, take one for each, and so do those of a group, whose rows are complete only after the exchange.
     """
-    check_choice("exchange", exchange, EXCHANGES)
-    if reduction != "none" and group is None:
+    if run.reduction != "none" and run.group is None and not label_smoothing:
+        dtype = accumulation_dtype(a.dtype)
+        weights = None if weight is None else weight.detach().to(dtype)
+        if has_positive is not None:
+            weights = has_positive.to(dtype) if weights is None else weights * has_positive
         return cross_entropy(
             a,
             b,
             terms,
             scale,
             positive=positive,
-            weights=None if has_positive is None else has_positive.to(accumulation_dtype(a.dtype)),
-            reduction=reduction,
+            weights=weights,
+            reduction=run.reduction,
             normalize=normalize,
             target=target,
+            tags=tags,
+            key_tags=key_tags,
             norm_bound=norm_bound,
-            backend=backend,
+            backend=run.backend,
         )
     if normalize:
         a, b, norm_bound = normalize_rows(a), None if b is None else normalize_rows(b), 1.0
-    values = pairwise(
-        a,
-        b,
-        terms,
-        scale,
-        target=target,
-        norm_bound=norm_bound,
-        backend=backend,
-        group=group,
-        exchange=exchange,
-        call=f"{call}\nnormalize={normalize}\nreduction={reduction}",
+    spread = []
+    if label_smoothing:
+        candidates = Mask(self_pair=False if b is None else None)
+        spread = [Term(Reduce.SUM, candidates, term.axis) for term in terms if term.reduce is Reduce.LSE]
+    values = run.statistics(
+        a, b, [*terms, *spread], scale, target=target, tags=tags, key_tags=key_tags, norm_bound=norm_bound
     )
+    values, totals = values[: len(terms)], values[len(terms) :]
     if positive is None:
         positive = next(value for term, value in zip(terms, values, strict=True) if term.reduce is Reduce.SUM)
     negatives = [value for term, value in zip(terms, values, strict=True) if term.reduce is Reduce.LSE]
     loss = sum(F.softplus(value - positive, threshold=40.0) for value in negatives) / len(negatives)
-    if has_positive is not None:
-        loss = loss.where(has_positive, loss.new_zeros(()))
-    return _reduce(loss, reduction, group), values
+    if label_smoothing:
+        count = run.over_ranks(loss.new_full((), len(a if b is None else b)), "sum") - int(b is None)
+        loss = loss + label_smoothing * (positive - sum(totals) / len(totals) / count.clamp_min(1))
+    return run.reduce(loss, weight, has_positive), values
 
 
-def _reduce(loss: Tensor, reduction: str, group: ProcessGroup | None) -> Tensor:
-    """Mean, sum or nothing, over the rows of all ranks of the group."""
-    if reduction == "none":
-        return loss
-    total, count = over_ranks(torch.stack((loss.sum(), loss.new_full((), loss.shape[0]))), "sum", group).unbind()
-    return total / count if reduction == "mean" else total
+def tags_of_pair(
+    name: str, value: Tensor | Sequence[Tensor] | None, query: Tensor, key: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Tags of queries and of keys from one argument, which is the tag of both where there are as many, or a pair."""
+    if value is None:
+        return None, None
+    if isinstance(value, Tensor):
+        if len(query) != len(key):
+            raise ValueError(
+                f"{name} must be a pair, of the queries' and of the keys', where their numbers differ as {len(query)} "
+                f"and {len(key)}; got one tensor of shape {tuple(value.shape)}"
+            )
+        value = value, value
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be a tensor or a pair of tensors, got {value!r}")
+    check_tags(query, **{f"{name} of the queries": value[0]})
+    check_tags(key, **{f"{name} of the keys": value[1]})
+    return value[0], value[1]
 
 
-def over_ranks(x: Tensor, operation: str, group: ProcessGroup | None) -> Tensor:
-    """The "sum" or "max" over the ranks of the group, if there is one."""
-    return x if group is None else torch.ops.fastcl.reduce_over_ranks(x, operation, group.group_name)
+def false_negative_threshold(positive: Tensor, margin: float, scale: float | Tensor) -> Tensor:
+    """The logit above which a pair is taken for a positive that nobody marked: the row's positive plus a margin.
+
+    ``positive`` [N] are similarities. They are computed apart from S, so that exact duplicates of a positive can come
+    out above it by rounding: what is within rounding of the threshold stays a negative.
+    """
+    rounding = 1e-5
+    if positive.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        rounding = 2e-3
+    return (positive.detach() + margin + rounding) * (scale.detach() if isinstance(scale, Tensor) else scale)
 
 
 def summarize(
+    run: Run,
     positive: Tensor,
-    hardest: list[Tensor],
+    hardest: Sequence[Tensor],
     has_positive: Tensor | None,
     scale: float | Tensor,
-    group: ProcessGroup | None = None,
+    best: Sequence[Tensor] = (),
 ) -> LossStats:
-    """LossStats from the positives' logits and, for each direction, the largest negative logit of each row."""
+    """LossStats from the positives' logits and, for each direction, the largest negative logit of each row.
+
+    Where a row has several positives, ``positive`` is their mean and ``best`` the largest in each direction.
+    """
     positive = positive.detach()
+    best = [logit.detach() for logit in best] or [positive] * len(hardest)
     hardest = [negative.detach() for negative in hardest]
     scale = torch.as_tensor(scale, dtype=positive.dtype, device=positive.device).detach()
     valid = torch.ones_like(positive, dtype=torch.bool) if has_positive is None else has_positive
     sums = [valid.sum(), positive.where(valid, positive.new_zeros(())).sum()]
-    sums += [((positive > negative) & valid).sum() for negative in hardest]
-    count, similarity, *correct = over_ranks(torch.stack([x.to(positive.dtype) for x in sums]), "sum", group).unbind()
+    sums += [((own > negative) & valid).sum() for own, negative in zip(best, hardest, strict=True)]
+    count, similarity, *correct = run.over_ranks(torch.stack([x.to(positive.dtype) for x in sums]), "sum").unbind()
     nothing = positive.new_full((1,), -math.inf)
     largest = torch.cat([nothing, *hardest]).amax()
     count = count.clamp_min(1)
     return LossStats(
         accuracy=torch.stack(correct).mean() / count,
         positive_similarity=similarity / count / scale,
-        hardest_negative=over_ranks(largest, "max", group) / scale,
+        hardest_negative=run.over_ranks(largest, "max") / scale,
         scale=scale,
     )

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastcl.checks import check_choice, check_pair, check_scalar, check_target
+from fastcl.checks import check_pair, check_row_vector, check_scalar, check_target
 from fastcl.losses.common import (
-    REDUCTIONS,
     LossStats,
+    Run,
+    check_options,
+    check_weight,
+    exclude,
+    false_negative_threshold,
     inverse,
+    margin_test,
     normalize_rows,
+    row_similarity,
+    safe_logsumexp,
     softmax_loss,
     summarize,
+    tags_of_pair,
 )
-from fastcl.terms import Mask, Reduce, Term, accumulation_dtype
+from fastcl.losses.sup_con import Labelled, multi_positive_loss
+from fastcl.terms import Mask, Reduce, Tags, Term, accumulation_dtype
 
-
-def _terms(negatives: Mask, positive: Mask) -> tuple[Term, ...]:
-    return Term(Reduce.LSE, negatives), Term(Reduce.SUM, positive), Term(Reduce.MAX, negatives)
-
-
-# The last term of each is what return_stats adds.
-_SAME_INDEX = _terms(Mask(self_pair=False), Mask(self_pair=True))
-_BY_TARGET = _terms(Mask(target=False), Mask(target=True))
-_EXPLICIT = (Term(Reduce.LSE), Term(Reduce.MAX))
+PairOfTags = Tensor | Sequence[Tensor]
 
 
 def info_nce(
@@ -35,6 +39,12 @@ def info_nce(
     *,
     target: Tensor | None = None,
     negatives: Tensor | None = None,
+    labels: PairOfTags | None = None,
+    ids: PairOfTags | None = None,
+    label_width: int = 0,
+    weight: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    label_smoothing: float = 0.0,
     normalize: bool = True,
     reduction: str = "mean",
     return_stats: bool = False,
@@ -56,12 +66,24 @@ def info_nce(
     Args:
         query: [N, D], float64, float32, bfloat16 or float16.
         key: [M, D] of the same dtype and device; M must be N unless ``target`` is given.
-        tau: the temperature, a positive float or a 0-d tensor, which may require grad.
+        tau: the temperature, a positive float or a 0-d tensor, which may require grad; or [N], one for each query.
         target: int64 [N], the index of each query's positive key, as in ``cross_entropy``; with a ``group``, its index
             among the keys of all ranks, one rank's after the other's. A negative index marks a query without a
             positive: its loss is 0, it gets no gradient, and the mean still divides by N.
-        negatives: [K, D], negatives shared by all queries. Excludes ``target``. With a ``group``, the ranks' negatives
-            are shards of one queue; where each rank holds the whole queue, no ``group`` is needed.
+        negatives: [K, D], negatives shared by all queries, or [N, K, D], each query's own. Excludes ``target``. With a
+            ``group``, shared negatives are shards of one queue; where each rank holds the whole queue, or each query
+            its own negatives, no ``group`` is needed.
+        labels: integers [N] for queries and keys alike, or a pair of [N] and [M]. All keys with a query's label are
+            then its positives, any number of them, and the loss is their mean, as in :func:`fastcl.sup_con_loss`.
+            Excludes ``target``, ``negatives``, ``false_negative_margin`` and ``label_smoothing``.
+        ids: integers [N] or a pair, as ``labels``: keys (or ``negatives``) with a query's id are never its negatives.
+        label_width: labels that differ by no more count as equal. With the time of a frame as label, the positives are
+            its neighbours in time; frames of another sequence need labels far away.
+        weight: [N], a constant factor of a query's loss. The mean still divides by N.
+        false_negative_margin: leave out negatives that are more similar than the row's positive by more than this, as
+            likely positives that nobody marked; a similarity, before the scale.
+        label_smoothing: the share of the target that is spread evenly over all candidates; without ``labels``,
+            ``ids`` or a margin.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [N].
         return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
@@ -90,41 +112,132 @@ def info_nce(
     >>> round(fastcl.info_nce(q, q, 1.0, negatives=-q).item(), 4)  # log(1 + 2 / e + 1 / e^2)
     0.6265
     """
-    hint = "; pass negatives with negatives=..." if isinstance(tau, Tensor) and tau.dim() == 2 else ""
-    check_scalar("tau", tau, positive=True, hint=hint)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_pair("query", query, "key", key, same_rows=target is None, may_be_empty=group is not None)
+    _check(query, key, tau, target, negatives, labels, group)
+    check_weight(weight, query)
+    check_options(labels, ids, false_negative_margin, label_smoothing)
+    margin = false_negative_margin
+    per_query = isinstance(tau, Tensor) and tau.dim() == 1
+    if negatives is not None:
+        exclude("negatives", target=target, labels=labels, label_smoothing=label_smoothing or None)
+    if labels is not None:
+        exclude("labels", target=target)
+    if per_query:
+        exclude("a temperature for each query", return_stats=return_stats or None)
+    run = Run.checked(
+        reduction, backend, group, exchange, loss="info_nce", normalize=normalize, return_stats=return_stats,
+        labels=labels is not None, ids=ids is not None, margin=margin is not None, smoothing=label_smoothing > 0,
+        negatives=negatives is not None, tau_per_query=per_query,
+    )  # fmt: skip
+    scale, norm_bound = inverse(tau, query), None
+    if normalize and (per_query or negatives is not None or margin is not None):
+        query, key, normalize, norm_bound = normalize_rows(query), normalize_rows(key), False, 1.0
+        negatives = None if negatives is None else normalize_rows(negatives)
+    threshold = None
+    if margin is not None:
+        if target is not None:
+            exclude("false_negative_margin with target", group=group)
+        own = key if target is None else key[target.clamp_min(0)]
+        threshold = false_negative_threshold(row_similarity(query, own), margin, scale)
+    if per_query:
+        # A temperature for each query is a length of each query; the largest bounds the logits.
+        query, scale, norm_bound = (query.to(scale.dtype) * scale[:, None]).to(query.dtype), 1.0, None
+    if negatives is not None and negatives.dim() == 3:
+        exclude("negatives of each query", ids=ids, group=group)
+        return _own_negatives(run, query, key, negatives, scale, threshold, weight, return_stats)
+    others = key if negatives is None else negatives
+    query_labels, key_labels = tags_of_pair("labels", labels, query, others)
+    query_ids, key_ids = tags_of_pair("ids", ids, query, others)
+    tags, key_tags = Tags(query_labels, query_ids, threshold), Tags(key_labels, key_ids)
+    if labels is not None:
+        pairs = Labelled(query, key, tags, key_tags, label_width)
+        loss, stats = multi_positive_loss(
+            run, pairs, scale, normalize=normalize, norm_bound=norm_bound, weight=weight, return_stats=return_stats
+        )
+        return (loss, stats) if return_stats else loss
+    of_negatives = {"id": None if ids is None else False, "above": margin_test(margin)}
+    positive, has_positive = None, None if target is None else target >= 0
+    if negatives is not None:
+        mask, positive = Mask(**of_negatives), row_similarity(query, key) * scale
+        terms = []
+    else:
+        by = "self_pair" if target is None else "target"
+        mask = Mask(**{by: False}, **of_negatives)
+        terms = [Term(Reduce.SUM, Mask(**{by: True}))]
+    terms += [Term(reduce, mask) for reduce in ((Reduce.LSE, Reduce.MAX) if return_stats else (Reduce.LSE,))]
+    loss, values = softmax_loss(
+        run,
+        query,
+        others,
+        terms,
+        scale,
+        normalize=normalize,
+        positive=positive,
+        has_positive=has_positive,
+        weight=weight,
+        target=target,
+        tags=tags,
+        key_tags=key_tags,
+        norm_bound=norm_bound,
+        label_smoothing=label_smoothing,
+    )
+    if not return_stats:
+        return loss
+    *_, hardest = values
+    return loss, summarize(run, values[0] if positive is None else positive, [hardest], has_positive, scale)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    tau: float | Tensor,
+    target: Tensor | None,
+    negatives: Tensor | None,
+    labels: PairOfTags | None,
+    group: ProcessGroup | None,
+) -> None:
+    one_each = target is None and (labels is None or negatives is not None)
+    check_pair("query", query, "key", key, same_rows=one_each, may_be_empty=group is not None)
+    if isinstance(tau, Tensor) and tau.dim() == 1:
+        check_row_vector("tau", tau, query, integer=False)
+    else:
+        hint = "; pass negatives with negatives=..." if isinstance(tau, Tensor) and tau.dim() == 2 else ""
+        check_scalar("tau", tau, positive=True, hint=hint)
     if target is not None:
         check_target("target", target, query, key.shape[0] if group is None else None)
-    if negatives is not None:
-        if target is not None:
-            raise ValueError("target and negatives exclude each other: with negatives, query i's positive is key i")
-        check_pair("query", query, "negatives", negatives, same_rows=False, may_be_empty=group is not None)
-    scale = inverse(tau, query)
-    has_positive = None if target is None else target >= 0
-    options = {
-        "reduction": reduction,
-        "backend": backend,
-        "group": group,
-        "exchange": exchange,
-        "call": f"loss=info_nce\nreturn_stats={return_stats}",
-    }
     if negatives is None:
-        terms = (_SAME_INDEX if target is None else _BY_TARGET)[: 3 if return_stats else 2]
-        loss, (_, positive, *hardest) = softmax_loss(
-            query, key, terms, scale, normalize=normalize, has_positive=has_positive, target=target, **options
+        return
+    if isinstance(negatives, Tensor) and negatives.dim() == 3:
+        if negatives.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"negatives of each query must be [N, K, D] with N = {query.shape[0]}, got {tuple(negatives.shape)}"
+            )
+        negatives = negatives.flatten(0, 1)
+    check_pair("query", query, "negatives", negatives, same_rows=False, may_be_empty=group is not None)
+
+
+def _own_negatives(
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    scale: float | Tensor,
+    threshold: Tensor | None,
+    weight: Tensor | None,
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """N * K logits, fewer than the negatives' own numbers: a batched product needs no tiles."""
+    if run.backend is not None:
+        raise ValueError(
+            f"backend must be None with negatives of each query, which no backend tiles; got {run.backend!r}"
         )
-    else:
-        if normalize:
-            query, key, negatives = (normalize_rows(x) for x in (query, key, negatives))
-            options["norm_bound"] = 1.0
-        dtype = accumulation_dtype(query.dtype)
-        positive = (query.to(dtype) * key.to(dtype)).sum(dim=1) * scale
-        terms = _EXPLICIT[: 2 if return_stats else 1]
-        loss, (_, *hardest) = softmax_loss(
-            query, negatives, terms, scale, normalize=False, positive=positive, **options
-        )
-    return (loss, summarize(positive, hardest, has_positive, scale, group)) if return_stats else loss
+    dtype = accumulation_dtype(query.dtype)
+    logits = torch.einsum("nd,nkd->nk", query.to(dtype), negatives.to(dtype)) * scale
+    if threshold is not None:
+        logits = logits.masked_fill(logits > threshold[:, None], -math.inf)
+    positive = row_similarity(query, key) * scale
+    loss = torch.nn.functional.softplus(safe_logsumexp(logits) - positive, threshold=40.0)
+    loss = run.reduce(loss, weight)
+    return (loss, summarize(run, positive, [logits.amax(dim=1)], None, scale)) if return_stats else loss
 
 
 def reference(
@@ -134,18 +247,43 @@ def reference(
     *,
     target: Tensor | None = None,
     negatives: Tensor | None = None,
+    labels: tuple[Tensor, Tensor] | None = None,
+    ids: tuple[Tensor, Tensor] | None = None,
+    label_width: int = 0,
+    false_negative_margin: float | None = None,
+    label_smoothing: float = 0.0,
     normalize: bool = True,
 ) -> Tensor:
     """The textbook formula with the whole similarity matrix: the loss of each query, [N]."""
     if normalize:
         query, key = (torch.nn.functional.normalize(x, dim=1) for x in (query, key))
-        negatives = None if negatives is None else torch.nn.functional.normalize(negatives, dim=1)
+        negatives = None if negatives is None else torch.nn.functional.normalize(negatives, dim=-1)
+    rows = torch.arange(len(query), device=query.device)
     if negatives is None:
-        logits = query @ key.T / tau
-        target = torch.arange(len(query), device=query.device) if target is None else target
+        logits = query @ key.T
+        target = rows if target is None else target
     else:
-        positive = (query * key).sum(dim=1, keepdim=True)
-        logits = torch.cat((positive, query @ negatives.T), dim=1) / tau
-        target = torch.zeros(len(query), dtype=torch.int64, device=query.device)
+        others = torch.einsum("nd,nkd->nk", query, negatives) if negatives.dim() == 3 else query @ negatives.T
+        logits = torch.cat(((query * key).sum(dim=1, keepdim=True), others), dim=1)
+        target = torch.zeros_like(rows)
+    temperature = tau[:, None] if isinstance(tau, Tensor) and tau.dim() == 1 else tau
+    logits = logits / temperature
+    if ids is not None or false_negative_margin is not None or labels is not None:
+        positive = torch.zeros_like(logits, dtype=torch.bool)
+        if labels is None:
+            positive[rows, target.clamp_min(0)] = True
+        else:
+            positive = (labels[0][:, None] - labels[1]).abs() <= label_width
+        dropped = torch.zeros_like(positive)
+        if ids is not None:
+            dropped[:, logits.shape[1] - len(ids[1]) :] = ids[0][:, None] == ids[1]
+        if false_negative_margin is not None:
+            own = logits.gather(1, target.clamp_min(0)[:, None])
+            dropped |= logits > own + false_negative_margin / temperature
+        logits = logits.masked_fill(dropped & ~positive, float("-inf"))
+    if labels is not None:
+        return -logits.log_softmax(dim=1).masked_fill(~positive, 0.0).sum(dim=1) / positive.sum(dim=1).clamp_min(1)
     target = target.where(target >= 0, torch.full_like(target, -100))
-    return torch.nn.functional.cross_entropy(logits, target, reduction="none", ignore_index=-100)
+    return torch.nn.functional.cross_entropy(
+        logits, target, reduction="none", ignore_index=-100, label_smoothing=label_smoothing
+    )

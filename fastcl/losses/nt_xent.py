@@ -6,19 +6,23 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from fastcl.checks import check_choice, check_pair, check_scalar
+from fastcl.checks import check_pair, check_scalar
 from fastcl.losses.common import (
-    REDUCTIONS,
     LossStats,
+    Run,
+    check_options,
+    check_tags,
+    check_weight,
+    false_negative_threshold,
     inverse,
+    margin_test,
+    normalize_rows,
+    row_similarity,
     softmax_loss,
     summarize,
 )
-from fastcl.terms import Mask, Reduce, Term
-
-_NEGATIVES = Mask(self_pair=False, target=False)
-_TERMS = (Term(Reduce.LSE, _NEGATIVES), Term(Reduce.SUM, Mask(target=True)))
-_HARDEST = Term(Reduce.MAX, _NEGATIVES)
+from fastcl.losses.sup_con import Labelled, multi_positive_loss
+from fastcl.terms import NO_TAGS, Mask, Reduce, Tags, Term
 
 
 def nt_xent(
@@ -26,6 +30,11 @@ def nt_xent(
     z2: Tensor,
     tau: float | Tensor,
     *,
+    labels: Tensor | None = None,
+    ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    label_smoothing: float = 0.0,
     normalize: bool = True,
     reduction: str = "mean",
     return_stats: bool = False,
@@ -47,6 +56,14 @@ def nt_xent(
     Args:
         z1, z2: the views [B, D], in one dtype (float64, float32, bfloat16, float16) and on one device.
         tau: the temperature, a positive float or a 0-d tensor, which may require grad.
+        labels: integers [B]. All rows with an equal label are then positives of each other, and the loss is that of
+            :func:`fastcl.sup_con_loss`.
+        ids: integers [B]: rows with an equal id are never negatives of each other (duplicates, other views).
+        weight: [B], a constant factor of the losses of both views of an example. The mean still divides by 2B.
+        false_negative_margin: leave out negatives that are more similar than the row's positive by more than this, as
+            likely positives that nobody marked; a similarity, before the temperature.
+        label_smoothing: the share of the target that is spread evenly over all 2B - 1 candidates; without ``labels``,
+            ``ids`` or a margin.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [2B]: the rows of ``z1``, then those of ``z2``.
         return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
@@ -73,26 +90,56 @@ def nt_xent(
     0.5944
     """
     check_scalar("tau", tau, positive=True)
-    check_choice("reduction", reduction, REDUCTIONS)
     check_pair("z1", z1, "z2", z2, same_rows=True, may_be_empty=group is not None)
-    scale, batch = inverse(tau, z1), z1.shape[0]
+    check_tags(z1, labels=labels, ids=ids)
+    check_weight(weight, z1)
+    check_options(labels, ids, false_negative_margin, label_smoothing)
+    margin = false_negative_margin
+    run = Run.checked(
+        reduction, backend, group, exchange, loss="nt_xent", normalize=normalize, return_stats=return_stats,
+        labels=labels is not None, ids=ids is not None, margin=margin is not None, smoothing=label_smoothing > 0,
+    )  # fmt: skip
+    z, scale, batch = torch.cat((z1, z2)), inverse(tau, z1), z1.shape[0]
+    labels, ids, weight = (None if x is None else torch.cat((x, x)) for x in (labels, ids, weight))
+    if labels is not None:
+        pairs = Labelled(z, None, Tags(labels, ids), NO_TAGS)
+        loss, stats = multi_positive_loss(
+            run, pairs, scale, normalize=normalize, weight=weight, return_stats=return_stats
+        )
+        return (loss, stats) if return_stats else loss
+    threshold, norm_bound = None, None
+    if normalize and margin is not None:
+        z, normalize, norm_bound = normalize_rows(z), False, 1.0
+    if margin is not None:
+        threshold = false_negative_threshold(row_similarity(z, z.roll(batch, 0)), margin, scale)
+    negatives = Mask(self_pair=False, target=False, id=None if ids is None else False, above=margin_test(margin))
+    terms = [Term(Reduce.LSE, negatives), Term(Reduce.SUM, Mask(target=True))]
     loss, (_, positive, *hardest) = softmax_loss(
-        torch.cat((z1, z2)),
+        run,
+        z,
         None,
-        (*_TERMS, _HARDEST) if return_stats else _TERMS,
+        [*terms, Term(Reduce.MAX, negatives)] if return_stats else terms,
         scale,
-        reduction=reduction,
         normalize=normalize,
-        target=torch.arange(batch, 3 * batch, device=z1.device) % max(1, 2 * batch),
-        backend=backend,
-        group=group,
-        exchange=exchange,
-        call=f"loss=nt_xent\nreturn_stats={return_stats}",
+        weight=weight,
+        target=torch.arange(batch, 3 * batch, device=z.device) % max(1, 2 * batch),
+        tags=Tags(None, ids, threshold),
+        norm_bound=norm_bound,
+        label_smoothing=label_smoothing,
     )
-    return (loss, summarize(positive, hardest, None, scale, group)) if return_stats else loss
+    return (loss, summarize(run, positive, hardest, None, scale)) if return_stats else loss
 
 
-def reference(z1: Tensor, z2: Tensor, tau: float | Tensor, *, normalize: bool = True) -> Tensor:
+def reference(
+    z1: Tensor,
+    z2: Tensor,
+    tau: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    false_negative_margin: float | None = None,
+    label_smoothing: float = 0.0,
+    normalize: bool = True,
+) -> Tensor:
     """The textbook formula with the whole similarity matrix: the loss of each row, [2B]."""
     z = torch.cat((z1, z2))
     if normalize:
@@ -100,4 +147,15 @@ def reference(z1: Tensor, z2: Tensor, tau: float | Tensor, *, normalize: bool = 
     batch = z1.shape[0]
     logits = (z @ z.T / tau).fill_diagonal_(float("-inf"))
     positive = torch.arange(2 * batch, device=z.device).roll(batch)
-    return torch.nn.functional.cross_entropy(logits, positive, reduction="none")
+    own = logits.gather(1, positive[:, None])
+    if ids is not None:
+        logits = logits.masked_fill(ids.repeat(2)[:, None] == ids.repeat(2), float("-inf"))
+    if false_negative_margin is not None:
+        logits = logits.masked_fill(logits > own + false_negative_margin / tau, float("-inf"))
+    if ids is not None or false_negative_margin is not None:
+        logits = logits.scatter(1, positive[:, None], own)
+    loss = torch.nn.functional.cross_entropy(logits, positive, reduction="none")
+    if label_smoothing:
+        total = logits.masked_fill(torch.eye(2 * batch, dtype=torch.bool, device=z.device), 0.0).sum(dim=1)
+        loss = loss + label_smoothing * (own[:, 0] - total / (2 * batch - 1))
+    return loss

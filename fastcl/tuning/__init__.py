@@ -25,13 +25,17 @@ PRECISIONS = ("half", "tf32", "float32")
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of S is [block_m, block_n], accumulated over D in steps of block_d."""
+    """A tile of S is [block_m, block_n], accumulated over D in steps of block_d.
+
+    One with pairs that a mask treats apart is made in squares of side ``piece``, for masks take registers.
+    """
 
     block_m: int
     block_n: int
     block_d: int
     num_warps: int
     num_stages: int
+    piece: int = 64
 
 
 @dataclass(frozen=True)

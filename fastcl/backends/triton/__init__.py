@@ -13,11 +13,14 @@ import functools
 import importlib.util
 import os
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from fastcl.backends.softmax import two_sweeps
 from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics
+
+if TYPE_CHECKING:
+    from fastcl.backends.triton import launch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,23 +73,25 @@ def gradient(
 
 
 def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
-    from fastcl.backends.triton import backward, forward, launch, panels, unit
+    from fastcl.backends.triton import launch, unit
 
-    if head.normalize:
-        found = cross_entropy(plan, unit.unit_operands(operands), replace(head, normalize=False), needs)
-        return found._replace(gradients=unit.through_unit_length(operands, found.gradients))
-    x = launch.inputs(operands)
+    if not head.normalize:
+        return _cross_entropy(plan, operands, launch.inputs(operands), head, needs)
+    unit_length, shift = unit.unit_operands(operands)
+    x = launch.inputs(unit_length, shift)
+    found = _cross_entropy(plan, unit_length, x, replace(head, normalize=False), needs)
+    return found._replace(gradients=unit.through_unit_length(operands, found.gradients))
+
+
+def _cross_entropy(
+    plan: Plan, operands: Operands, x: launch.Inputs, head: CrossEntropy, needs: Needs
+) -> LossAndGradients:
+    from fastcl.backends.triton import loss, panels
+
     height = panels.panel_rows(plan, x, head) if needs.product_a or needs.b else 0
     if height > 0:
         return panels.cross_entropy(plan, operands, x, head, needs, height)
-    return two_sweeps(
-        lambda plan, _: forward.statistics(plan, x),
-        lambda plan, _, *arguments: backward.gradient(plan, x, *arguments),
-        plan,
-        operands,
-        head,
-        needs,
-    )
+    return loss.two_sweeps(plan, operands, x, head, needs)
 
 
 @functools.cache

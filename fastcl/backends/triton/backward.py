@@ -94,6 +94,7 @@ def gradient(
                 x.a.stride(0),
                 x.b.stride(0),
                 x.self_offset,
+                x.first_column,
                 x.threshold,
                 *panel[:4],
                 workspace.stride(0),

@@ -10,13 +10,11 @@ from torch import Tensor
 
 from fastcl.backends.triton import launch
 from fastcl.backends.triton.kernels.combine import combine_kernel
-from fastcl.backends.triton.kernels.redo import redo_kernel
 from fastcl.backends.triton.kernels.sweep import sweep_kernel
-from fastcl.backends.triton.plan import LSE_CODE, MAX_CODE, TermCode, constants
+from fastcl.backends.triton.plan import TermCode, constants
 from fastcl.terms import Plan, Statistics
 
 _MOST_SUPER_TILES = 32
-_COMBINE_BLOCK = 32
 
 
 def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
@@ -25,8 +23,8 @@ def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
     config = launch.configuration("sweep_symmetric" if plan.symmetric else "sweep", x.a, n, m)
     super_rows, row_slots = _super_tiles(n, config.block_m)
     super_columns, column_slots = _super_tiles(m, config.block_n)
-    row_partials = _no_partials(codes.row_terms, column_slots, n, x.a)
-    column_partials = row_partials if plan.symmetric else _no_partials(codes.column_terms, row_slots, m, x.a)
+    row_partials = _partials(codes.row_terms, column_slots, n, x.a)
+    column_partials = row_partials if plan.symmetric else _partials(codes.column_terms, row_slots, m, x.a)
     with launch.on_device(x.a):
         sweep_kernel[(row_slots, column_slots)](
             x.a,
@@ -42,6 +40,7 @@ def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
             x.a.stride(0),
             x.b.stride(0),
             x.self_offset,
+            x.first_column,
             super_rows,
             super_columns,
             **launch.constant_arguments(codes, x, config),
@@ -59,44 +58,37 @@ def _super_tiles(count: int, multiple: int) -> tuple[int, int]:
     return side, math.ceil(count / side)
 
 
-def _no_partials(terms: tuple[TermCode, ...], slots: int, count: int, like: Tensor) -> Tensor:
-    partials = torch.zeros(len(terms), slots, count, dtype=torch.float32, device=like.device)
-    for partial, (reduce, _, _) in zip(partials, terms, strict=True):
-        if reduce == MAX_CODE:
-            partial.fill_(-math.inf)
-    return partials
+def _partials(terms: tuple[TermCode, ...], slots: int, count: int, like: Tensor) -> Tensor:
+    return torch.empty(len(terms), slots, count, dtype=torch.float32, device=like.device)
 
 
 def finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, own_is_row: bool) -> Tensor:
-    """The statistics of one axis, [terms, count]."""
+    """The statistics [terms, count] of rows or columns from their partial results [terms, slots, count]."""
     _, slots, count = partials.shape
     result = torch.empty(len(terms), count, dtype=torch.float32, device=partials.device)
     if not terms:
         return result
-    combine_kernel[(triton.cdiv(count, _COMBINE_BLOCK),)](
-        partials, x.scale, x.shift, result, count, slots, TERMS=terms, BLOCK=_COMBINE_BLOCK
-    )
     own, other = (x.a, x.b) if own_is_row else (x.b, x.a)
     config = launch.configuration("redo", x.a, own.shape[0], other.shape[0])
-    for lse, (reduce, self_test, target_test) in zip(result, terms, strict=True):
-        if reduce == LSE_CODE:
-            redo_kernel[(triton.cdiv(count, config.block_m),)](
-                own,
-                other,
-                x.scale,
-                x.shift,
-                x.target,
-                lse,
-                own.shape[0],
-                other.shape[0],
-                own.shape[1],
-                own.stride(0),
-                other.stride(0),
-                x.self_offset,
-                x.threshold,
-                OWN_IS_ROW=own_is_row,
-                SELF=self_test,
-                TARGET=target_test,
-                **launch.tile_arguments(x, config),
-            )
+    combine_kernel[(triton.cdiv(count, config.block_m),)](
+        partials,
+        result,
+        own,
+        other,
+        x.scale,
+        x.shift,
+        x.target,
+        own.shape[0],
+        other.shape[0],
+        own.shape[1],
+        own.stride(0),
+        other.stride(0),
+        x.self_offset,
+        x.first_column,
+        x.threshold,
+        slots,
+        OWN_IS_ROW=own_is_row,
+        TERMS=terms,
+        **launch.tile_arguments(x, config),
+    )
     return result

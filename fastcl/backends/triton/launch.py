@@ -24,6 +24,7 @@ class Inputs(NamedTuple):
     scale: Tensor
     shift: Tensor
     target: Tensor | None
+    first_column: int
     self_offset: int
     threshold: float
 
@@ -33,15 +34,17 @@ class Inputs(NamedTuple):
         return self.a.shape[0], self.b.shape[0], self.a.shape[1]
 
 
-def inputs(operands: Operands) -> Inputs:
+def inputs(operands: Operands, shift: Tensor | None = None) -> Inputs:
+    """The operands for the kernels; ``shift`` is their fixed shift where it is known."""
     n, m = operands.shape
     a = _unit_stride(operands.a)
     return Inputs(
         a=a,
         b=a if operands.b is None else _unit_stride(operands.b),
         scale=operands.scale,
-        shift=fixed_shift(operands, operands.scale.detach().float()),
-        target=None if operands.target is None else _local_columns(operands.target - operands.col0, m),
+        shift=fixed_shift(operands, operands.scale.detach().float()) if shift is None else shift,
+        target=operands.target,
+        first_column=operands.col0,
         # beyond [-n, m] no pair of this S is a self pair, and so it stays when clamped
         self_offset=max(-n, min(operands.row0 - operands.col0, m)),
         threshold=flag_threshold(operands),
@@ -65,7 +68,8 @@ def capability(x: Tensor) -> tuple[int, int] | None:
 
 def constant_arguments(constants: Constants, x: Inputs, config: tuning.Config) -> dict[str, Any]:
     """Keyword arguments of a kernel that walks tiles for all of a plan's terms."""
-    return constants.as_arguments() | tile_arguments(x, config)
+    piece = min(config.piece, config.block_m, config.block_n)
+    return constants.as_arguments() | tile_arguments(x, config) | {"PIECE": piece}
 
 
 def tile_arguments(x: Inputs, config: tuning.Config) -> dict[str, Any]:
@@ -80,6 +84,11 @@ def tile_arguments(x: Inputs, config: tuning.Config) -> dict[str, Any]:
     }
 
 
+def vector(x: Tensor | None) -> Tensor | None:
+    """Numbers for each row, as the kernels read them."""
+    return None if x is None else x.detach().float().contiguous()
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the operands'."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
@@ -87,8 +96,3 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _local_columns(target: Tensor, m: int) -> Tensor:
-    """Targets as 32-bit columns of this S, -1 for those outside."""
-    return torch.where((target >= 0) & (target < m), target, -1).to(torch.int32)

@@ -102,10 +102,8 @@ def _rows_of(x: launch.Inputs, rows: slice) -> launch.Inputs:
 
 
 def _rows_of_head(head: CrossEntropy, rows: slice) -> CrossEntropy:
-    def vector(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[rows].detach().float().contiguous()
-
-    return replace(head, positive=vector(head.positive), weights=vector(head.weights))
+    positive, weights = (None if x is None else launch.vector(x[rows]) for x in (head.positive, head.weights))
+    return replace(head, positive=positive, weights=weights)
 
 
 def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tuning.Config) -> Tensor:
@@ -127,6 +125,7 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
         x.a.stride(0),
         x.b.stride(0),
         x.self_offset,
+        x.first_column,
         panel.stride(0),
         TERMS=codes.row_terms,
         USES_SELF=codes.uses_self,
@@ -135,7 +134,7 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
         **launch.tile_arguments(x, config),
     )
     statistics = finished(codes.row_terms, partials, x, own_is_row=True)
-    lse, (_, self_test, target_test) = _of(codes, statistics, LSE_CODE)
+    lse, term = _of(codes, statistics, LSE_CODE)
     config = launch.configuration("redo", x.a, n, m)
     sharing = min(triton.cdiv(m, config.block_n), _PROGRAMS_OF_A_REPAIR)
     repair_kernel[(triton.cdiv(n, config.block_m), sharing)](
@@ -152,10 +151,10 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
         x.a.stride(0),
         x.b.stride(0),
         x.self_offset,
+        x.first_column,
         x.threshold,
         panel.stride(0),
-        SELF=self_test,
-        TARGET=target_test,
+        TERMS=(term,),
         **launch.tile_arguments(x, config),
     )
     return statistics
@@ -186,6 +185,7 @@ def _apply(
         n,
         m,
         x.self_offset,
+        x.first_column,
         x.threshold,
         share,
         panel.stride(0),

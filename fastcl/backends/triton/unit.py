@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from fastcl.backends.shift import ROUNDING, headroom
 from fastcl.backends.triton.kernels.unit import through_unit_kernel, unit_kernel
 from fastcl.backends.triton.launch import on_device
 from fastcl.terms import Gradients, Operands
@@ -15,11 +16,12 @@ from fastcl.terms import Gradients, Operands
 _BLOCKS = {"BLOCK_ROWS": 8, "BLOCK_D": 128}
 
 
-def unit_operands(operands: Operands) -> Operands:
-    """The operands with rows of unit length, in their dtype."""
+def unit_operands(operands: Operands) -> tuple[Operands, Tensor]:
+    """The operands with rows of unit length, in their dtype, and the fixed shift for them from the same launch."""
+    shift = operands.scale.new_empty(())
     with on_device(operands.a):
-        b = None if operands.b is None else _unit(operands.b)
-        return replace(operands, a=_unit(operands.a), b=b, norm_bound=1.0)
+        b = None if operands.b is None else _unit(operands.b, operands, None)
+        return replace(operands, a=_unit(operands.a, operands, shift), b=b, norm_bound=1.0), shift
 
 
 def through_unit_length(operands: Operands, gradients: Gradients) -> Gradients:
@@ -31,9 +33,11 @@ def through_unit_length(operands: Operands, gradients: Gradients) -> Gradients:
     return gradients
 
 
-def _unit(x: Tensor) -> Tensor:
+def _unit(x: Tensor, operands: Operands, shift: Tensor | None) -> Tensor:
     unit = torch.empty_like(x, memory_format=torch.contiguous_format)
-    unit_kernel[_grid(x)](x, unit, *x.shape, *x.stride(), **_BLOCKS)
+    unit_kernel[_grid(x)](
+        x, unit, operands.scale, shift, *x.shape, *x.stride(), ROUNDING, headroom(operands), **_BLOCKS
+    )
     return unit
 
 

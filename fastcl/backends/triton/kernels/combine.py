@@ -1,8 +1,12 @@
-"""The end of a sweep: adds the slots of the partial results in their order and makes of them the plan's statistics."""
+"""The end of a sweep: adds the slots of the partial results in their order and makes of them the plan's statistics.
+
+Log-sum-exps that the fixed shift may have hurt are made again on the spot.
+"""
 
 import triton
 import triton.language as tl
 
+from fastcl.backends.triton.kernels.redo import redone
 from fastcl.backends.triton.kernels.sweep import largest, merge, nothing
 from fastcl.backends.triton.kernels.tile import LN_2, LOG2_E, LSE, MAX, SUM
 
@@ -28,20 +32,41 @@ def _combined(partials_ptr, scale_ptr, shift_ptr, index, count, slots, REDUCE: t
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["self_offset", "first_column"])
 def combine_kernel(
     partials_ptr,
+    statistics_ptr,
+    own_ptr,
+    other_ptr,
     scale_ptr,
     shift_ptr,
-    statistics_ptr,
-    count,
+    target_ptr,
+    own_count,
+    other_count,
+    d,
+    stride_own,
+    stride_other,
+    self_offset,
+    first_column,
+    threshold,
     slots,
+    OWN_IS_ROW: tl.constexpr,
     TERMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Grid: (blocks of rows or columns,). [terms, slots, count] to [terms, count]."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """Grid: (blocks of the own side,), rows or columns. [terms, slots, count] to [terms, count]."""
+    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     for t in tl.static_range(len(TERMS)):
-        first_slot = partials_ptr + tl.cast(t * slots, tl.int64) * count
-        result = _combined(first_slot, scale_ptr, shift_ptr, index, count, slots, TERMS[t][0], BLOCK)
-        tl.store(statistics_ptr + t * count + index, result, mask=index < count)
+        first_slot = partials_ptr + tl.cast(t * slots, tl.int64) * own_count
+        result = _combined(first_slot, scale_ptr, shift_ptr, index, own_count, slots, TERMS[t][0], BLOCK_M)
+        if TERMS[t][0] == LSE:
+            result = redone(
+                result, own_ptr, other_ptr, scale_ptr, tl.load(shift_ptr), target_ptr, index, own_count, other_count, d,
+                stride_own, stride_other, self_offset, first_column, threshold,
+                OWN_IS_ROW, TERMS, t, EVEN_D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        tl.store(statistics_ptr + t * own_count + index, result, mask=index < own_count)

@@ -8,15 +8,16 @@ backward, and made again with L in the shift's place.
 import triton
 import triton.language as tl
 
-from fastcl.backends.triton.kernels.sweep import reduce_tile
+from fastcl.backends.triton.kernels.sweep import all_nothing, merge_tile
 from fastcl.backends.triton.kernels.tile import (
+    ABSENT,
     ALONG_ROWS,
     LOG2_E,
     LSE,
-    any_between,
     banded_tile,
+    holds_exceptional,
     inner_products,
-    self_columns,
+    pair_tests,
     target_columns,
     where_admitted,
 )
@@ -30,18 +31,18 @@ def flagged_rows(lse, shift, threshold):
 
 @triton.jit
 def _exponentials(
-    products, scale, shift_log2, inside, is_self, is_target, TERMS: tl.constexpr, MASKED: tl.constexpr
+    products, scale, shift_log2, inside, tests, TERMS: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
     """E of the plan's one log-sum-exp; the compiler sees that its sum needs the same numbers."""
     values = tl.exp2(products * (scale * LOG2_E) - shift_log2)
     if MASKED:
         for t in tl.static_range(len(TERMS)):
             if TERMS[t][0] == LSE:
-                values = where_admitted(values, 0.0, inside, is_self, is_target, TERMS[t][1], TERMS[t][2])
+                values = where_admitted(values, 0.0, inside, tests, TERMS, t)
     return values
 
 
-@triton.jit(do_not_specialize=["self_offset"])
+@triton.jit(do_not_specialize=["self_offset", "first_column"])
 def exponentials_kernel(
     a_ptr,
     b_ptr,
@@ -56,6 +57,7 @@ def exponentials_kernel(
     stride_a,
     stride_b,
     self_offset,
+    first_column,
     panel_stride,
     TERMS: tl.constexpr,
     USES_SELF: tl.constexpr,
@@ -83,23 +85,18 @@ def exponentials_kernel(
     scale = tl.load(scale_ptr)
     shift_log2 = tl.load(shift_ptr) * LOG2_E
 
-    row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
-    special = (i0 + BLOCK_M > n) | (j0 + BLOCK_N > m)
-    if USES_SELF:
-        special = special | ((self_offset > j0 - i0 - BLOCK_M) & (self_offset < j0 - i0 + BLOCK_N))
-    if USES_TARGET:
-        special = special | any_between(row_targets, j0, j0 + BLOCK_N)
-    if special:
+    row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
+    partials = all_nothing(BLOCK_M, TERMS)
+    if holds_exceptional(
+        i0, j0, n, m, self_offset, row_targets, row_targets, False, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N
+    ):
         inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
-        is_self = columns[None, :] == self_columns(rows, self_offset, n, m)[:, None]
-        is_target = columns[None, :] == row_targets[:, None]
-        exponentials = _exponentials(products, scale, shift_log2, inside, is_self, is_target, TERMS, True)
-        partials = reduce_tile(
-            products, scale, shift_log2, inside, is_self, is_target, TERMS, ALONG_ROWS, BLOCK_M, True
-        )
+        tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
+        exponentials = _exponentials(products, scale, shift_log2, inside, tests, TERMS, True)
+        partials = merge_tile(partials, products, scale, shift_log2, inside, tests, TERMS, ALONG_ROWS, True)
     else:
-        exponentials = _exponentials(products, scale, shift_log2, None, None, None, TERMS, False)
-        partials = reduce_tile(products, scale, shift_log2, None, None, None, TERMS, ALONG_ROWS, BLOCK_M, False)
+        exponentials = _exponentials(products, scale, shift_log2, None, (), TERMS, False)
+        partials = merge_tile(partials, products, scale, shift_log2, None, (), TERMS, ALONG_ROWS, False)
 
     for t in tl.static_range(len(TERMS)):
         tl.store(partials_ptr + tl.cast(t * tiles_n + tile_n, tl.int64) * n + rows, partials[t], mask=rows < n)
@@ -108,7 +105,7 @@ def exponentials_kernel(
     tl.store(corner + offsets, exponentials.to(panel_ptr.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["self_offset"])
+@triton.jit(do_not_specialize=["self_offset", "first_column"])
 def repair_kernel(
     a_ptr,
     b_ptr,
@@ -123,10 +120,10 @@ def repair_kernel(
     stride_a,
     stride_b,
     self_offset,
+    first_column,
     threshold,
     panel_stride,
-    SELF: tl.constexpr,
-    TARGET: tl.constexpr,
+    TERMS: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -142,17 +139,16 @@ def repair_kernel(
 
     scale_log2 = tl.load(scale_ptr) * LOG2_E
     lse_log2 = tl.where(flagged, lse * LOG2_E, float("inf"))
-    USES_TARGET: tl.constexpr = TARGET != 0
-    targets = target_columns(target_ptr, rows, n, USES_TARGET)
+    USES_TARGET: tl.constexpr = TERMS[0][2] != ABSENT
+    targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
     panel_rows = panel_ptr + rows.to(tl.int64)[:, None] * panel_stride
     for j0 in range(tl.program_id(1) * BLOCK_N, m, tl.num_programs(1) * BLOCK_N):
         columns = j0 + tl.arange(0, BLOCK_N)
         products = inner_products(
             a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
         )
-        is_self = columns[None, :] - rows[:, None] == self_offset
-        is_target = columns[None, :] == targets[:, None]
+        tests = pair_tests(rows, columns, self_offset, targets, ALONG_ROWS)
         values = tl.exp2(products * scale_log2 - lse_log2[:, None])
-        values = where_admitted(values, 0.0, None, is_self, is_target, SELF, TARGET)
+        values = where_admitted(values, 0.0, None, tests, TERMS, 0)
         there = flagged[:, None] & (columns < m)[None, :]
         tl.store(panel_rows + columns[None, :], values.to(panel_ptr.dtype.element_ty), mask=there)

@@ -17,11 +17,11 @@ from fastcl.backends.triton.kernels.tile import (
     LOG2_E,
     LSE,
     MAX,
-    REQUIRED,
     SUM,
-    any_between,
+    holds_exceptional,
     inner_products,
-    self_columns,
+    pair_tests,
+    requires_a_test,
     target_columns,
     where_admitted,
 )
@@ -42,14 +42,6 @@ def largest(x, y):
 
 
 @triton.jit
-def _merge_all(xs, ys, TERMS: tl.constexpr):
-    merged = ()
-    for t in tl.static_range(len(TERMS)):
-        merged = merged + (merge(xs[t], ys[t], TERMS[t][0]),)
-    return merged
-
-
-@triton.jit
 def nothing(BLOCK: tl.constexpr, REDUCE: tl.constexpr):
     """The partial result of no pairs."""
     if REDUCE == MAX:
@@ -59,7 +51,7 @@ def nothing(BLOCK: tl.constexpr, REDUCE: tl.constexpr):
 
 
 @triton.jit
-def _all_nothing(BLOCK: tl.constexpr, TERMS: tl.constexpr):
+def all_nothing(BLOCK: tl.constexpr, TERMS: tl.constexpr):
     partials = ()
     for t in tl.static_range(len(TERMS)):
         partials = partials + (nothing(BLOCK, TERMS[t][0]),)
@@ -72,72 +64,148 @@ def _reduce_term(
     scale,
     shift_log2,
     inside,
-    is_self,
-    is_target,
-    REDUCE: tl.constexpr,
-    SELF: tl.constexpr,
-    TARGET: tl.constexpr,
+    tests,
+    TERMS: tl.constexpr,
+    T: tl.constexpr,
     AXIS: tl.constexpr,
-    BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """One term's partial result over a tile; a sum is left unscaled."""
-    if (SELF == REQUIRED or TARGET == REQUIRED) and not MASKED:
-        return nothing(BLOCK, REDUCE)
+    REDUCE: tl.constexpr = TERMS[T][0]
+    if REDUCE == LSE:
+        # terms with the same logits share this, too: the compiler sees equal expressions
+        values = tl.exp2(products * (scale * LOG2_E) - shift_log2)
+    elif REDUCE == SUM:
+        values = products
     else:
-        if REDUCE == LSE:
-            # terms with the same logits share this, too: the compiler sees equal expressions
-            values = tl.exp2(products * (scale * LOG2_E) - shift_log2)
-        elif REDUCE == SUM:
-            values = products
-        else:
-            values = products * scale
-        if MASKED:
-            if REDUCE == MAX:
-                values = where_admitted(values, float("-inf"), inside, is_self, is_target, SELF, TARGET)
-            else:
-                values = where_admitted(values, 0.0, inside, is_self, is_target, SELF, TARGET)
+        values = products * scale
+    if MASKED:
         if REDUCE == MAX:
-            return tl.reduce(values, AXIS, largest)
+            values = where_admitted(values, float("-inf"), inside, tests, TERMS, T)
         else:
-            return tl.sum(values, axis=AXIS)
+            values = where_admitted(values, 0.0, inside, tests, TERMS, T)
+    if REDUCE == MAX:
+        return tl.reduce(values, AXIS, largest)
+    else:
+        return tl.sum(values, axis=AXIS)
+
+
+@triton.constexpr_function
+def has_part(terms, t, masked):
+    """Whether a tile can add to term t: one that is not exceptional has no pair that a test names."""
+    return masked or not requires_a_test(terms, t)
 
 
 @triton.jit
-def reduce_tile(
+def merge_tile(
+    partials,
     products,
     scale,
     shift_log2,
     inside,
-    is_self,
-    is_target,
+    tests,
     TERMS: tl.constexpr,
     AXIS: tl.constexpr,
-    BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Every term's partial result over a tile; only an exceptional tile needs to be MASKED."""
+    """Every term's partial results so far, with a tile's; only an exceptional tile needs to be MASKED."""
+    merged = ()
+    for t in tl.static_range(len(TERMS)):
+        if has_part(TERMS, t, MASKED):
+            partial = _reduce_term(products, scale, shift_log2, inside, tests, TERMS, t, AXIS, MASKED)
+            merged = merged + (merge(partials[t], partial, TERMS[t][0]),)
+        else:
+            merged = merged + (partials[t],)
+    return merged
+
+
+@triton.jit
+def _start(partials_ptr, begin, end, count, slots, slot, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    """Fills this program's own slot with the partial result of no pairs."""
+    for first in range(begin, end, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        for t in tl.static_range(len(TERMS)):
+            at = partials_ptr + tl.cast(t * slots + slot, tl.int64) * count + index
+            tl.store(at, nothing(BLOCK, TERMS[t][0]), mask=index < end)
+
+
+@triton.jit
+def _load(partials_ptr, index, count, slots, slot, TERMS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """What this program's own slot holds for the terms that a tile can add to."""
     partials = ()
     for t in tl.static_range(len(TERMS)):
-        partial = _reduce_term(
-            products, scale, shift_log2, inside, is_self, is_target,
-            TERMS[t][0], TERMS[t][1], TERMS[t][2], AXIS, BLOCK, MASKED,
-        )  # fmt: skip
-        partials = partials + (partial,)
+        if has_part(TERMS, t, MASKED):
+            at = partials_ptr + tl.cast(t * slots + slot, tl.int64) * count + index
+            partials = partials + (tl.load(at, mask=index < count, other=0.0),)
+        else:
+            partials = partials + (nothing(BLOCK, TERMS[t][0]),)
     return partials
 
 
 @triton.jit
-def _accumulate(partials_ptr, partials, index, count, slots, slot, TERMS: tl.constexpr):
-    """Adds to this program's own slot; the barrier orders it before the next read of the same numbers."""
+def _store(partials_ptr, partials, index, count, slots, slot, TERMS: tl.constexpr, MASKED: tl.constexpr):
+    """Back to this program's own slot; the barrier orders it before the next load of the same numbers."""
     for t in tl.static_range(len(TERMS)):
-        at = partials_ptr + tl.cast(t * slots + slot, tl.int64) * count + index
-        so_far = tl.load(at, mask=index < count, other=0.0)
-        tl.store(at, merge(so_far, partials[t], TERMS[t][0]), mask=index < count)
+        if has_part(TERMS, t, MASKED):
+            at = partials_ptr + tl.cast(t * slots + slot, tl.int64) * count + index
+            tl.store(at, partials[t], mask=index < count)
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["self_offset"])
+@triton.jit
+def _sweep_piece(
+    a_ptr,
+    b_ptr,
+    scale,
+    shift_log2,
+    target_ptr,
+    row_partials_ptr,
+    column_partials_ptr,
+    i0,
+    j0,
+    n,
+    m,
+    d,
+    stride_a,
+    stride_b,
+    self_offset,
+    first_column,
+    ROW_TERMS: tl.constexpr,
+    COLUMN_TERMS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    USES_TARGET: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Adds a small square of S, whatever is in it, to this program's slots."""
+    r, c = tl.program_id(0), tl.program_id(1)
+    rows = i0 + tl.arange(0, PIECE)
+    columns = j0 + tl.arange(0, PIECE)
+    products = inner_products(
+        a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, PIECE, PIECE, BLOCK_D, EVEN_D, PRECISION
+    )
+    row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
+    tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
+    # one comparison a pair: rows and columns over the edge get an empty range
+    inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
+    partials = _load(row_partials_ptr, rows, n, tl.num_programs(1), c, ROW_TERMS, PIECE, True)
+    partials = merge_tile(partials, products, scale, shift_log2, inside, tests, ROW_TERMS, ALONG_ROWS, True)
+    _store(row_partials_ptr, partials, rows, n, tl.num_programs(1), c, ROW_TERMS, True)
+
+    # nothing on a symmetric plan's diagonal is mirrored
+    if not SYMMETRIC or i0 < j0:
+        inside = rows[:, None] < tl.where(columns < m, n, 0)[None, :]
+        if SYMMETRIC:
+            column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
+            tests = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
+        partials = _load(column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS, PIECE, True)
+        partials = merge_tile(partials, products, scale, shift_log2, inside, tests, COLUMN_TERMS, ALONG_COLUMNS, True)
+        _store(column_partials_ptr, partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS, True)
+
+
+@triton.jit(do_not_specialize=["self_offset", "first_column"])
 def sweep_kernel(
     a_ptr,
     b_ptr,
@@ -152,6 +220,7 @@ def sweep_kernel(
     stride_a,
     stride_b,
     self_offset,
+    first_column,
     super_rows,
     super_columns,
     ROW_TERMS: tl.constexpr,
@@ -161,11 +230,12 @@ def sweep_kernel(
     USES_TARGET: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: (super-tiles in a column, super-tiles in a row). Partials [terms, slots, count] start at zero or -inf."""
+    """Grid: (super-tiles in a column, super-tiles in a row). Partials are [terms, slots, count]."""
     r = tl.program_id(0)
     c = tl.program_id(1)
     if SYMMETRIC:
@@ -173,71 +243,59 @@ def sweep_kernel(
             return
     scale = tl.load(scale_ptr)
     shift_log2 = tl.load(shift_ptr) * LOG2_E
-    row_end = tl.minimum((r + 1) * super_rows, n)
+    row_begin = r * super_rows
+    row_end = tl.minimum(row_begin + super_rows, n)
     column_begin = c * super_columns
     column_end = tl.minimum(column_begin + super_columns, m)
+    _start(row_partials_ptr, row_begin, row_end, n, tl.num_programs(1), c, ROW_TERMS, BLOCK_M)
+    _start(column_partials_ptr, column_begin, column_end, m, tl.num_programs(0), r, COLUMN_TERMS, BLOCK_N)
+    tl.debug_barrier()
 
-    for i0 in range(r * super_rows, row_end, BLOCK_M):
+    for i0 in range(row_begin, row_end, BLOCK_M):
         rows = i0 + tl.arange(0, BLOCK_M)
-        row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
-        row_partials = _all_nothing(BLOCK_M, ROW_TERMS)
-        first_column = column_begin
+        row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
+        row_partials = all_nothing(BLOCK_M, ROW_TERMS)
+        begin = column_begin
         if SYMMETRIC:
-            first_column = tl.maximum(column_begin, i0)
+            begin = tl.maximum(column_begin, i0)
 
-        for j0 in range(first_column, column_end, BLOCK_N):
+        for j0 in range(begin, column_end, BLOCK_N):
             columns = j0 + tl.arange(0, BLOCK_N)
-            products = inner_products(
-                a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b,
-                BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
-            )  # fmt: skip
-
-            special = (i0 + BLOCK_M > n) | (j0 + BLOCK_N > m)
-            if SYMMETRIC:
-                special = special | (i0 == j0)
-            if USES_SELF:
-                special = special | ((self_offset > j0 - i0 - BLOCK_M) & (self_offset < j0 - i0 + BLOCK_N))
             column_targets = columns
-            if USES_TARGET:
-                special = special | any_between(row_targets, j0, j0 + BLOCK_N)
-                if SYMMETRIC:
-                    column_targets = target_columns(target_ptr, columns, m, USES_TARGET)
-                    special = special | any_between(column_targets, i0, i0 + BLOCK_M)
-
-            if special:
-                i = rows[:, None]
-                j = columns[None, :]
-                # one comparison a pair: rows and columns over the edge get an empty range
-                row_pairs = j < tl.where(rows < n, m, 0)[:, None]
-                column_pairs = i < tl.where(columns < m, n, 0)[None, :]
-                is_self = j == self_columns(rows, self_offset, n, m)[:, None]
-                is_target = j == row_targets[:, None]
-                column_is_self = is_self
-                column_is_target = is_target
-                if SYMMETRIC:
-                    # nothing on the diagonal is mirrored, so no self pair is
-                    above = i0 < j0
-                    column_pairs = i < tl.where((columns < m) & above, n, 0)[None, :]
-                    column_is_self = tl.zeros((1, 1), tl.int1)
-                    column_is_target = i == tl.where(above, column_targets, -1)[None, :]
-                of_rows = reduce_tile(
-                    products, scale, shift_log2, row_pairs, is_self, is_target,
-                    ROW_TERMS, ALONG_ROWS, BLOCK_M, True,
-                )  # fmt: skip
-                of_columns = reduce_tile(
-                    products, scale, shift_log2, column_pairs, column_is_self, column_is_target,
-                    COLUMN_TERMS, ALONG_COLUMNS, BLOCK_N, True,
-                )  # fmt: skip
+            if SYMMETRIC:
+                column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
+            if holds_exceptional(
+                i0, j0, n, m, self_offset, row_targets, column_targets,
+                SYMMETRIC, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N,
+            ):  # fmt: skip
+                for i in range(i0, tl.minimum(i0 + BLOCK_M, n), PIECE):
+                    first_piece = j0
+                    if SYMMETRIC:
+                        first_piece = tl.maximum(j0, i)
+                    for j in range(first_piece, tl.minimum(j0 + BLOCK_N, m), PIECE):
+                        _sweep_piece(
+                            a_ptr, b_ptr, scale, shift_log2, target_ptr, row_partials_ptr, column_partials_ptr,
+                            i, j, n, m, d, stride_a, stride_b, self_offset, first_column,
+                            ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, EVEN_D, PRECISION, PIECE, BLOCK_D,
+                        )  # fmt: skip
             else:
-                of_rows = reduce_tile(
-                    products, scale, shift_log2, None, None, None, ROW_TERMS, ALONG_ROWS, BLOCK_M, False
+                # asked for before the products, so that nobody waits for it after them
+                column_partials = _load(
+                    column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS, BLOCK_N, False
                 )
-                of_columns = reduce_tile(
-                    products, scale, shift_log2, None, None, None, COLUMN_TERMS, ALONG_COLUMNS, BLOCK_N, False
+                products = inner_products(
+                    a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b,
+                    BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
+                )  # fmt: skip
+                row_partials = merge_tile(
+                    row_partials, products, scale, shift_log2, None, (), ROW_TERMS, ALONG_ROWS, False
                 )
-
-            row_partials = _merge_all(row_partials, of_rows, ROW_TERMS)
-            if len(COLUMN_TERMS) > 0:
-                _accumulate(column_partials_ptr, of_columns, columns, m, tl.num_programs(0), r, COLUMN_TERMS)
-        if len(ROW_TERMS) > 0:
-            _accumulate(row_partials_ptr, row_partials, rows, n, tl.num_programs(1), c, ROW_TERMS)
+                column_partials = merge_tile(
+                    column_partials, products, scale, shift_log2, None, (), COLUMN_TERMS, ALONG_COLUMNS, False
+                )
+                _store(column_partials_ptr, column_partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS, False)
+        so_far = _load(row_partials_ptr, rows, n, tl.num_programs(1), c, ROW_TERMS, BLOCK_M, False)
+        merged = ()
+        for t in tl.static_range(len(ROW_TERMS)):
+            merged = merged + (merge(so_far[t], row_partials[t], ROW_TERMS[t][0]),)
+        _store(row_partials_ptr, merged, rows, n, tl.num_programs(1), c, ROW_TERMS, False)

@@ -63,37 +63,81 @@ def self_columns(rows, self_offset, n, m):
 
 
 @triton.jit
-def target_columns(target_ptr, rows, n, USES_TARGET: tl.constexpr):
-    """The column of each row's target, -1 where that lies outside of S (see ``launch.inputs``) or is not looked at."""
+def target_columns(target_ptr, rows, n, m, first_column, USES_TARGET: tl.constexpr):
+    """The column of each row's target, -1 where that lies outside of S or is not looked at.
+
+    Targets are global indices, and ``first_column`` is that of the first column of S.
+    """
     if USES_TARGET:
-        return tl.load(target_ptr + rows, mask=rows < n, other=-1)
+        columns = tl.load(target_ptr + rows, mask=rows < n, other=-1) - first_column
+        return tl.where((rows < n) & (columns >= 0) & (columns < m), columns, -1).to(tl.int32)
     else:
         return tl.full(rows.shape, -1, tl.int32)
 
 
 @triton.jit
-def any_between(values, first, last):
-    """Whether a value lies in [first, last), as a scalar that the whole program branches on."""
-    return tl.max(((values >= first) & (values < last)).to(tl.int32), axis=0) > 0
+def holds_exceptional(
+    i0,
+    j0,
+    n,
+    m,
+    self_offset,
+    row_targets,
+    column_targets,
+    SYMMETRIC: tl.constexpr,
+    USES_SELF: tl.constexpr,
+    USES_TARGET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Whether a mask may treat pairs of a tile apart, as a scalar that the whole program branches on."""
+    exceptional = (i0 + BLOCK_M > n) | (j0 + BLOCK_N > m)
+    if SYMMETRIC:
+        exceptional = exceptional | (i0 == j0)
+    if USES_SELF:
+        exceptional = exceptional | ((self_offset > j0 - i0 - BLOCK_M) & (self_offset < j0 - i0 + BLOCK_N))
+    if USES_TARGET:
+        hits = (row_targets >= j0) & (row_targets < j0 + BLOCK_N)
+        if SYMMETRIC:
+            hits = hits | ((column_targets >= i0) & (column_targets < i0 + BLOCK_M))
+        exceptional = exceptional | (tl.max(hits.to(tl.int32), axis=0) > 0)
+    return exceptional
 
 
 @triton.jit
-def where_admitted(values, nothing, inside, is_self, is_target, SELF: tl.constexpr, TARGET: tl.constexpr):
-    """The values of pairs that a mask (fastcl.terms.Mask) admits, ``nothing`` for the others.
+def pair_tests(rows, columns, self_offset, targets, TARGETS_OF: tl.constexpr):
+    """The tests of a mask (fastcl.terms.Mask) on each pair of a tile, in the order in which a term's code names them.
+
+    ``targets`` are those of the rows, or in a symmetric plan's mirror image (j, i) those of the columns.
+    """
+    is_self = columns[None, :] - rows[:, None] == self_offset
+    if TARGETS_OF == ALONG_ROWS:
+        is_target = columns[None, :] == targets[:, None]
+    else:
+        is_target = rows[:, None] == targets[None, :]
+    return is_self, is_target
+
+
+@triton.constexpr_function
+def requires_a_test(terms, t):
+    """Whether the mask of term t admits only the pairs that a test names."""
+    return REQUIRED.value in terms[t][1:]
+
+
+@triton.jit
+def where_admitted(values, nothing, inside, tests, TERMS: tl.constexpr, T: tl.constexpr):
+    """The values of pairs that a term's mask admits, ``nothing`` for the others.
 
     One selection for each test and not one by their conjunction: LLVM packs a tile of conjunctions into registers of
-    bits, and the kernels spill. ``inside`` may be None; an exceptional pair is inside by construction.
+    bits, and the kernels spill. ``inside`` may be None; a target is inside by construction.
     """
-    if SELF == REQUIRED:
-        values = tl.where(is_self, values, nothing)
-    if TARGET == REQUIRED:
-        values = tl.where(is_target, values, nothing)
-    if SELF != REQUIRED and TARGET != REQUIRED and inside is not None:
+    if inside is not None and TERMS[T][2] != REQUIRED:
         values = tl.where(inside, values, nothing)
-    if SELF == FORBIDDEN:
-        values = tl.where(is_self, nothing, values)
-    if TARGET == FORBIDDEN:
-        values = tl.where(is_target, nothing, values)
+    for k in tl.static_range(len(tests)):
+        if TERMS[T][k + 1] == REQUIRED:
+            values = tl.where(tests[k], values, nothing)
+        elif TERMS[T][k + 1] == FORBIDDEN:
+            values = tl.where(tests[k], nothing, values)
     return values
 
 

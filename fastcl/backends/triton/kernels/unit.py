@@ -17,9 +17,23 @@ def _load(at, rows, n, k, d):
 
 @triton.jit
 def unit_kernel(
-    x_ptr, unit_ptr, n, d, stride_x, stride_x_d, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Grid: (blocks of rows,). ``unit`` is contiguous."""
+    x_ptr,
+    unit_ptr,
+    scale_ptr,
+    shift_ptr,
+    n,
+    d,
+    stride_x,
+    stride_x_d,
+    bound,
+    headroom,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (blocks of rows,). ``unit`` is contiguous. Where asked, one program also writes the fixed shift."""
+    if shift_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.store(shift_ptr, tl.abs(tl.load(scale_ptr)) * bound - headroom)
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = rows.to(tl.int64)[:, None]
     squares = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)

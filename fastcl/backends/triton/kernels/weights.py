@@ -16,10 +16,11 @@ from fastcl.backends.triton.kernels.tile import (
     LOG2_E,
     LSE,
     MAX,
-    REQUIRED,
-    any_between,
     banded_tile,
+    holds_exceptional,
     inner_products,
+    pair_tests,
+    requires_a_test,
     spread,
     target_columns,
     where_admitted,
@@ -56,8 +57,7 @@ def _add_masked(
     incoming_ptr,
     index,
     count,
-    is_self,
-    is_target,
+    tests,
     TERMS: tl.constexpr,
     AXIS: tl.constexpr,
 ):
@@ -68,7 +68,7 @@ def _add_masked(
             if TERMS[t][0] == LSE:
                 lse_log2 = spread(_lse_log2(statistics_ptr + t * count, index, count), AXIS)
                 slopes = tl.exp2(logits_log2 - lse_log2) * slopes
-            weights += where_admitted(slopes, 0.0, None, is_self, is_target, TERMS[t][1], TERMS[t][2])
+            weights += where_admitted(slopes, 0.0, None, tests, TERMS, t)
     return weights
 
 
@@ -86,7 +86,7 @@ def _add_plain(
 ):
     """The same for a tile with no exceptional pair and nothing flagged, where all terms share one exponential."""
     for t in tl.static_range(len(TERMS)):
-        if TERMS[t][0] != MAX and TERMS[t][1] != REQUIRED and TERMS[t][2] != REQUIRED:
+        if TERMS[t][0] != MAX and not requires_a_test(TERMS, t):
             incoming = spread(tl.load(incoming_ptr + t * count + index, mask=index < count, other=0.0), AXIS)
             if TERMS[t][0] == LSE:
                 lse_log2 = _lse_log2(statistics_ptr + t * count, index, count)
@@ -96,7 +96,76 @@ def _add_plain(
     return weights
 
 
-@triton.jit(do_not_specialize=["self_offset", "row_begin", "column_begin"])
+@triton.jit
+def _masked_weights(
+    a_ptr,
+    b_ptr,
+    scale_log2,
+    target_ptr,
+    row_statistics_ptr,
+    column_statistics_ptr,
+    row_incoming_ptr,
+    column_incoming_ptr,
+    i0,
+    j0,
+    n,
+    m,
+    d,
+    stride_a,
+    stride_b,
+    self_offset,
+    first_column,
+    ROW_TERMS: tl.constexpr,
+    COLUMN_TERMS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    USES_TARGET: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A small square of W, whatever is in it."""
+    rows = i0 + tl.arange(0, PIECE)
+    columns = j0 + tl.arange(0, PIECE)
+    products = inner_products(
+        a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, PIECE, PIECE, BLOCK_D, EVEN_D, PRECISION
+    )
+    row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
+    tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
+    logits_log2 = products * scale_log2
+    weights = tl.zeros((PIECE, PIECE), tl.float32)
+    weights = _add_masked(
+        weights, logits_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
+        tests, ROW_TERMS, ALONG_ROWS,
+    )  # fmt: skip
+    if SYMMETRIC:
+        column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
+        tests = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
+    weights = _add_masked(
+        weights, logits_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
+        tests, COLUMN_TERMS, ALONG_COLUMNS,
+    )  # fmt: skip
+    return weights
+
+
+@triton.jit
+def _store(
+    panel_ptr, panel_stride, weights, i, j, mirrored, multiplier_ptr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Writes a tile to row i and column j of the panel, and if ``mirrored`` transposed to row j and column i."""
+    if multiplier_ptr is not None:
+        weights *= tl.load(multiplier_ptr)
+    weights = weights.to(panel_ptr.dtype.element_ty)
+    in_tile_m = tl.arange(0, BLOCK_M)
+    in_tile_n = tl.arange(0, BLOCK_N)
+    corner = panel_ptr + i.to(tl.int64) * panel_stride + j
+    tl.store(corner + in_tile_m[:, None] * panel_stride + in_tile_n[None, :], weights)
+    if mirrored:
+        corner = panel_ptr + j.to(tl.int64) * panel_stride + i
+        tl.store(corner + in_tile_n[None, :] * panel_stride + in_tile_m[:, None], weights)
+
+
+@triton.jit(do_not_specialize=["self_offset", "first_column", "row_begin", "column_begin"])
 def weights_kernel(
     a_ptr,
     b_ptr,
@@ -115,6 +184,7 @@ def weights_kernel(
     stride_a,
     stride_b,
     self_offset,
+    first_column,
     threshold,
     row_begin,
     row_end,
@@ -129,6 +199,7 @@ def weights_kernel(
     USES_TARGET: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    PIECE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -150,43 +221,41 @@ def weights_kernel(
 
     rows = i0 + tl.arange(0, BLOCK_M)
     columns = j0 + tl.arange(0, BLOCK_N)
-    products = inner_products(
-        a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
-    )
-    logits_log2 = products * (tl.load(scale_ptr) * LOG2_E)
+    scale_log2 = tl.load(scale_ptr) * LOG2_E
     shift = tl.load(shift_ptr)
-
-    row_targets = target_columns(target_ptr, rows, n, USES_TARGET)
+    row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
     column_targets = columns
-    rare = _any_flagged(row_statistics_ptr, rows, n, shift, threshold, ROW_TERMS)
+    if SYMMETRIC:
+        column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
+    rare = holds_exceptional(
+        i0, j0, n, m, self_offset, row_targets, column_targets,
+        SYMMETRIC, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    rare = rare | _any_flagged(row_statistics_ptr, rows, n, shift, threshold, ROW_TERMS)
     rare = rare | _any_flagged(column_statistics_ptr, columns, m, shift, threshold, COLUMN_TERMS)
-    if USES_SELF:
-        rare = rare | ((self_offset > j0 - i0 - BLOCK_M) & (self_offset < j0 - i0 + BLOCK_N))
-    if USES_TARGET:
-        rare = rare | any_between(row_targets, j0, j0 + BLOCK_N)
-        if SYMMETRIC:
-            column_targets = target_columns(target_ptr, columns, m, USES_TARGET)
-            rare = rare | any_between(column_targets, i0, i0 + BLOCK_M)
-
-    i = rows[:, None]
-    j = columns[None, :]
-    weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if rare:
-        is_self = j - i == self_offset
-        is_target = j == row_targets[:, None]
-        weights = _add_masked(
-            weights, logits_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
-            is_self, is_target, ROW_TERMS, ALONG_ROWS,
-        )  # fmt: skip
-        if SYMMETRIC:
-            is_target = i == column_targets[None, :]
-        weights = _add_masked(
-            weights, logits_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
-            is_self, is_target, COLUMN_TERMS, ALONG_COLUMNS,
-        )  # fmt: skip
+        for i in range(i0, tl.minimum(i0 + BLOCK_M, row_end), PIECE):
+            first_piece = j0
+            if MIRROR:
+                first_piece = tl.maximum(j0, i)
+            for j in range(first_piece, tl.minimum(j0 + BLOCK_N, column_end), PIECE):
+                weights = _masked_weights(
+                    a_ptr, b_ptr, scale_log2, target_ptr,
+                    row_statistics_ptr, column_statistics_ptr, row_incoming_ptr, column_incoming_ptr,
+                    i, j, n, m, d, stride_a, stride_b, self_offset, first_column,
+                    ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, EVEN_D, PRECISION, PIECE, BLOCK_D,
+                )  # fmt: skip
+                _store(
+                    panel_ptr, panel_stride, weights, i - row_begin, j - column_begin, MIRROR and i < j,
+                    multiplier_ptr, PIECE, PIECE,
+                )  # fmt: skip
     else:
+        products = inner_products(
+            a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
+        )
         shift_log2 = shift * LOG2_E
-        exponentials = tl.exp2(logits_log2 - shift_log2)
+        exponentials = tl.exp2(products * scale_log2 - shift_log2)
+        weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         weights = _add_plain(
             weights, exponentials, shift_log2, row_statistics_ptr, row_incoming_ptr, rows, n, ROW_TERMS, ALONG_ROWS
         )
@@ -194,15 +263,14 @@ def weights_kernel(
             weights, exponentials, shift_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
             COLUMN_TERMS, ALONG_COLUMNS,
         )  # fmt: skip
-
-    if multiplier_ptr is not None:
-        weights *= tl.load(multiplier_ptr)
-    weights = weights.to(panel_ptr.dtype.element_ty)
-    corner = panel_ptr + (i0 - row_begin).to(tl.int64) * panel_stride + (j0 - column_begin)
-    in_tile_m = tl.arange(0, BLOCK_M)
-    in_tile_n = tl.arange(0, BLOCK_N)
-    tl.store(corner + in_tile_m[:, None] * panel_stride + in_tile_n[None, :], weights)
-    if MIRROR:
-        if i0 < j0:
-            corner = panel_ptr + (j0 - column_begin).to(tl.int64) * panel_stride + (i0 - row_begin)
-            tl.store(corner + in_tile_n[None, :] * panel_stride + in_tile_m[:, None], weights)
+        _store(
+            panel_ptr,
+            panel_stride,
+            weights,
+            i0 - row_begin,
+            j0 - column_begin,
+            MIRROR,
+            multiplier_ptr,
+            BLOCK_M,
+            BLOCK_N,
+        )

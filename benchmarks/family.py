@@ -1,0 +1,139 @@
+"""Which loss takes which option, and what computes it: the tables of docs/losses.md, from trying every call.
+
+A call's plans are caught where the engine selects a backend, and each backend is asked what it says of them; a loss
+that gets there without one is plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+import fastcl
+from benchmarks.report import markdown_row
+from fastcl import engine
+from fastcl.terms import Plan
+
+ROWS, DIM = 6, 4
+OPTIONS = ("labels", "ids", "weight", "return_stats", "group", "normalize", "reduction")
+"""the keyword arguments that losses have in common"""
+
+
+class Variant(NamedTuple):
+    """A call of a loss, and the option that it is about."""
+
+    loss: Callable[..., object]
+    option: str
+    call: Callable[..., object]
+
+
+def variants() -> list[Variant]:
+    """Every loss of pairs, plain and with the options that change what is computed."""
+    x, y = torch.nn.functional.normalize(torch.randn(2, ROWS, DIM), dim=2)
+    tags = torch.arange(ROWS) // 2
+    labels, ids = {"labels": tags}, {"ids": tags}
+    margin, smoothing = {"false_negative_margin": 0.1}, {"label_smoothing": 0.1}
+
+    def of(loss: Callable[..., object], *arguments: object, **options: dict[str, object]) -> list[Variant]:
+        plain = Variant(loss, "", lambda **o: loss(*arguments, **o))
+        return [plain] + [
+            Variant(loss, name.replace("_", " "), lambda given=given, **o: loss(*arguments, **given, **o))
+            for name, given in options.items()
+        ]
+
+    return [
+        *of(fastcl.nt_xent, x, y, 0.5, labels=labels, ids=ids, margin=margin, label_smoothing=smoothing),
+        *of(
+            fastcl.info_nce,
+            x,
+            y,
+            0.5,
+            target={"target": tags},
+            negatives={"negatives": y},
+            negatives_of_each_query={"negatives": y[:, None]},
+            labels=labels,
+            ids=ids,
+            margin=margin,
+            label_smoothing=smoothing,
+        ),
+        *of(fastcl.clip_loss, x, y, 2.0, labels=labels, ids=ids, margin=margin, label_smoothing=smoothing),
+        *of(fastcl.sup_con_loss, x, tags, 0.5, ids=ids),
+        *of(fastcl.siglip_loss, x, y, 2.0, -1.0),
+    ]
+
+
+class Caught(NamedTuple):
+    """What a call asked of the engine: its plans, and whether it looked at single pairs."""
+
+    plans: tuple[Plan, ...]
+    panels: bool
+
+
+def catch(variant: Variant) -> Caught:
+    """What a variant's call asks of the engine."""
+    with _plans() as plans:
+        variant.call()
+    try:
+        variant.call(backend="dense")
+    except (TypeError, ValueError) as error:
+        return Caught(tuple(plans), "over panels of S" in str(error))
+    return Caught(tuple(plans), False)
+
+
+@contextmanager
+def _plans() -> Iterator[list[Plan]]:
+    """The plans that the engine is asked to compute from now on."""
+    found: list[Plan] = []
+    select = engine.select
+
+    def spy(plan: Plan, *arguments: object) -> str:
+        found.append(plan)
+        return select(plan, *arguments)
+
+    engine.select = spy
+    try:
+        yield found
+    finally:
+        engine.select = select
+
+
+def page_tables() -> dict[str, str]:
+    """By the name of the marker in docs/losses.md."""
+    return {"options": options_table(), "backends": backends_table()}
+
+
+def options_table() -> str:
+    """Losses down, common options across."""
+    losses = dict.fromkeys(variant.loss for variant in variants())
+    lines = [markdown_row("loss", *(f"`{name}`" for name in OPTIONS)), markdown_row(*["---"] * (len(OPTIONS) + 1))]
+    for loss in losses:
+        parameters = inspect.signature(loss).parameters
+        lines.append(markdown_row(f"`{loss.__name__}`", *("yes" if name in parameters else "-" for name in OPTIONS)))
+    return "\n".join(lines)
+
+
+def backends_table() -> str:
+    """Losses and options down, backends across, with the reasons for what is refused below."""
+    names = list(engine.BACKENDS)
+    lines = [markdown_row("call", *(f"`{name}`" for name in names)), markdown_row(*["---"] * (len(names) + 1))]
+    reasons: dict[str, int] = {}
+    for variant in variants():
+        caught = catch(variant)
+        cells = []
+        for name in names:
+            reason = _reason(name, caught)
+            cells.append("yes" if reason is None else f"no ({reasons.setdefault(reason, len(reasons) + 1)})")
+        option = variant.option and f", {variant.option}"
+        lines.append(markdown_row(f"`{variant.loss.__name__}`{option}", *cells))
+    notes = [f"({number}) {reason[0].upper()}{reason[1:]}." for reason, number in reasons.items()]
+    return "\n".join([*lines, "", *notes])
+
+
+def _reason(name: str, caught: Caught) -> str | None:
+    if caught.panels:
+        return None if name == "tiled" else "a loss of every single pair is plain PyTorch over panels of S"
+    return next(filter(None, map(engine.BACKENDS[name].refuses, caught.plans)), None)
