@@ -16,9 +16,12 @@ constexpr int kPanel = 2 * kLanes;
 
 typedef float Vector __attribute__((vector_size(4 * FASTCL_LANES)));
 typedef int32_t IntVector __attribute__((vector_size(4 * FASTCL_LANES)));
+typedef uint32_t UnsignedVector __attribute__((vector_size(4 * FASTCL_LANES)));
 typedef float UnalignedVector __attribute__((vector_size(4 * FASTCL_LANES), aligned(4), may_alias));
+typedef int32_t UnalignedIntVector __attribute__((vector_size(4 * FASTCL_LANES), aligned(4), may_alias));
 
 inline Vector load(const float* p) { return *reinterpret_cast<const UnalignedVector*>(p); }
+inline IntVector load(const int32_t* p) { return *reinterpret_cast<const UnalignedIntVector*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<UnalignedVector*>(p) = v; }
 inline Vector broadcast(float x) { return x - Vector{}; }
 
