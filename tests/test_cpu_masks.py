@@ -125,7 +125,7 @@ def check(plan: Plan, given: Operands, statistics_error: float = 1e-5, product_e
     # The rounding of a sum's single logits adds up.
     for terms, x, y in zip((plan.rows, plan.columns), got, want, strict=True):
         for term, one, other in zip(terms, x, y, strict=True):
-            size = max(given.shape) * float(given.scale) / 20 if term.reduce is Reduce.SUM else 1.0
+            size = max(given.shape) * abs(float(given.scale)) / 20 if term.reduce is Reduce.SUM else 1.0
             error = statistics_error * max(1.0, size)
             torch.testing.assert_close(one.double(), other, rtol=error, atol=error, msg=lambda m, t=term: f"{t}\n{m}")
     generator = torch.Generator().manual_seed(4)

@@ -154,6 +154,7 @@ struct SharedWeights {
 
 // W of a masked sweep: each dense term's share where its mask admits the pair.
 struct MaskedWeights {
+  using RowFactors = Factors<kStrip, kMaxSlopes>;
   const Sweep& sweep;
   const AxisGradient& rows;
   const AxisGradient& columns;
@@ -172,63 +173,73 @@ struct MaskedWeights {
     apart = any_flagged(rows, tile.row, tile.rows) || any_flagged(columns, tile.column, tile.columns);
   }
 
-  // Adds a term's share along one axis; the factors at r are a number for a row and a vector for columns.
-  template <class At>
-  static void add_share(Reduce reduce, bool apart, const IntVector* pairs, const Block& block, const Vector* e,
-                        const At& gradient, const At& ratio, const At& value, Vector* w) {
+  // Adds a term's share in a block of W along one axis or, where it has one mask along both, along both.
+  template <bool kRows, bool kColumns>
+  void add_share(Reduce reduce, const Lanes* pairs, const RowFactors& row, int k, int64_t c, const float* dots,
+                 const float* e, float* w) const {
+    const auto for_each_row = [&](const auto& share) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kStrip; ++r) store(w + r * kLanes, load(w + r * kLanes) + only(pairs[r], share(r)));
+    };
+    const Vector gradient = kColumns ? load(column_factors.gradient[k] + c) : Vector{};
     if (reduce == Reduce::kSum) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kStrip; ++r) w[r] += only(pairs[r], Vector{} + gradient(r));
+      for_each_row([&](int r) { return kRows ? gradient + row.gradient[k][r] : gradient; });
     } else if (!apart) {
-#pragma GCC unroll 16
-      for (int r = 0; r < kStrip; ++r) w[r] += gradient(r) * (only(pairs[r], e[r]) * ratio(r));
+      const Vector ratio = kColumns ? load(column_factors.ratio[k] + c) : Vector{};
+      for_each_row([&](int r) {
+        const Vector value = load(e + r * kLanes);
+        Vector share = gradient * (value * ratio);
+        if (kRows) share += row.gradient[k][r] * (value * row.ratio[k][r]);
+        return share;
+      });
     } else {
-      for (int r = 0; r < kStrip; ++r) {
-        w[r] += gradient(r) * only(pairs[r], exp2((block.logits[r] - value(r)) * kLog2E));
-      }
+      const Vector value = kColumns ? load(column_factors.value[k] + c) : Vector{};
+      for_each_row([&](int r) {
+        const Vector logits = load(dots + r * kTilePitch) * sweep.scale;
+        Vector share{};
+        if (kColumns) share = gradient * exp2((logits - value) * kLog2E);
+        if (kRows) share += row.gradient[k][r] * exp2((logits - row.value[k][r]) * kLog2E);
+        return share;
+      });
     }
   }
 
   [[gnu::noinline]] void weigh(const Tile& tile, const Strip& strip) {
-    Factors<kStrip, kMaxSlopes> row_factors;
+    RowFactors row_factors;
     row_factors.gather(rows, tile.row + strip.row, strip.height);
     tags.gather_rows(sweep, tile, strip);
     const bool exponentials = !apart && (sweep.rows.dense_sum || sweep.columns.dense_sum);
     Block block;
-    Vector e[kStrip] = {};
+    alignas(64) float e[kStrip * kLanes] = {};
+    alignas(64) float w[kStrip * kLanes];
     for (int64_t v = 0; v < strip.vectors; ++v) {
       float* dots = strip.dots + v * kLanes;
       const int64_t c = strip.column + v * kLanes;
       test_block(sweep, tags, strip, v, block);
-      Vector w[kStrip];
 #pragma GCC unroll 16
       for (int r = 0; r < kStrip; ++r) {
-        if (exponentials) e[r] = exp2(load(dots + r * kTilePitch) * factor - shift);
-        w[r] = Vector{};
+        if (exponentials) store(e + r * kLanes, exp2(load(dots + r * kTilePitch) * factor - shift));
+        store(w + r * kLanes, Vector{});
       }
       BlockMask mask(block);
-      const auto add_column = [&](int k, const IntVector* pairs) {
-        const PairTerm& term = sweep.columns.terms[columns.dense[k].term];
-        const auto at = [&](const float* factors) { return [vector = load(factors + c)](int) { return vector; }; };
-        add_share(term.reduce, apart, pairs, block, e, at(column_factors.gradient[k]), at(column_factors.ratio[k]),
-                  at(column_factors.value[k]), w);
-      };
       // The slopes of a symmetric plan are those of both axes, and all but a threshold is the same for both.
       const auto serves_both = [&](const PairTerm& term) { return sweep.symmetric && term.above == Test::kAbsent; };
       for (int k = 0; k < rows.dense_count; ++k) {
         const PairTerm& term = sweep.rows.terms[rows.dense[k].term];
-        const IntVector* pairs = mask.of(term, block.row_above);
-        const auto at = [](const float* factors) { return [factors](int r) { return factors[r]; }; };
-        add_share(term.reduce, apart, pairs, block, e, at(row_factors.gradient[k]), at(row_factors.ratio[k]),
-                  at(row_factors.value[k]), w);
-        if (serves_both(term)) add_column(k, pairs);
+        const Lanes* pairs = mask.of(term, block.row_above);
+        if (serves_both(term)) {
+          add_share<true, true>(term.reduce, pairs, row_factors, k, c, dots, e, w);
+        } else {
+          add_share<true, false>(term.reduce, pairs, row_factors, k, c, dots, e, w);
+        }
       }
       for (int k = 0; k < columns.dense_count; ++k) {
         const PairTerm& term = sweep.columns.terms[columns.dense[k].term];
-        if (!serves_both(term)) add_column(k, mask.of(term, block.column_above));
+        if (serves_both(term)) continue;
+        add_share<false, true>(term.reduce, mask.of(term, block.column_above), row_factors, k, c, dots, e, w);
       }
 #pragma GCC unroll 16
-      for (int r = 0; r < kStrip; ++r) store(dots + r * kTilePitch, w[r]);
+      for (int r = 0; r < kStrip; ++r) store(dots + r * kTilePitch, load(w + r * kLanes));
     }
   }
 };

@@ -42,63 +42,64 @@ struct TileTags {
   }
 };
 
-// The logits of a block and the outcome of each test that the sweep has tags for.
+// The outcome for a block of each test that the sweep has tags for.
 struct Block {
-  Vector logits[kStrip];
-  IntVector counts[kStrip];  // neither exceptional nor padding nor below the diagonal
-  IntVector label[kStrip];
-  IntVector id[kStrip];
-  IntVector row_above[kStrip];
-  IntVector column_above[kStrip];
+  Lanes counts[kStrip];  // neither exceptional nor padding nor below the diagonal
+  Lanes label[kStrip];
+  Lanes id[kStrip];
+  Lanes row_above[kStrip];
+  Lanes column_above[kStrip];
 };
 
 inline void test_block(const Sweep& sweep, const TileTags& tags, const Strip& strip, int64_t v, Block& block) {
+  const float* dots = strip.dots + v * kLanes;
   const int64_t c = strip.column + v * kLanes;
   const Vector excluded = broadcast(Scale(sweep.scale).excluded);
 #pragma GCC unroll 16
-  for (int r = 0; r < kStrip; ++r) {
-    const Vector dots = load(strip.dots + r * kTilePitch + v * kLanes);
-    block.logits[r] = dots * sweep.scale;
-    block.counts[r] = dots != excluded;
-  }
+  for (int r = 0; r < kStrip; ++r) block.counts[r] = differ(load(dots + r * kTilePitch), excluded);
   if (sweep.x_tags.label != nullptr) {
     const IntVector label = load(tags.column_label + c);
     // As unsigned numbers, those that are not within reach, below or above, are greater.
 #pragma GCC unroll 16
     for (int r = 0; r < kStrip; ++r) {
-      block.label[r] = (UnsignedVector)(label - tags.nearest[r]) <= (UnsignedVector)(IntVector{} + tags.reach[r]);
+      block.label[r] =
+          at_most((UnsignedVector)(label - tags.nearest[r]), (UnsignedVector)(IntVector{} + tags.reach[r]));
     }
   }
   if (sweep.x_tags.id != nullptr) {
     const IntVector id = load(tags.column_id + c);
 #pragma GCC unroll 16
-    for (int r = 0; r < kStrip; ++r) block.id[r] = id == tags.id[r];
+    for (int r = 0; r < kStrip; ++r) block.id[r] = equal(id, IntVector{} + tags.id[r]);
   }
   if (sweep.x_tags.threshold != nullptr) {
 #pragma GCC unroll 16
-    for (int r = 0; r < kStrip; ++r) block.row_above[r] = block.logits[r] > tags.threshold[r];
+    for (int r = 0; r < kStrip; ++r) {
+      block.row_above[r] = exceeds(load(dots + r * kTilePitch) * sweep.scale, broadcast(tags.threshold[r]));
+    }
   }
   if (sweep.y_tags.threshold != nullptr) {
     const Vector threshold = load(tags.column_threshold + c);
 #pragma GCC unroll 16
-    for (int r = 0; r < kStrip; ++r) block.column_above[r] = block.logits[r] > threshold;
+    for (int r = 0; r < kStrip; ++r) {
+      block.column_above[r] = exceeds(load(dots + r * kTilePitch) * sweep.scale, threshold);
+    }
   }
 }
 
 // The pairs of a block that a term admits, kept for the next term if its mask is the same.
 class BlockMask {
  public:
-  explicit BlockMask(const Block& block) : block_(block) { reset(); }
+  explicit BlockMask(const Block& block) : block_(block), pairs_(block.counts) {}
 
   // `above` is what the block says of the threshold along the term's axis.
-  const IntVector* of(const PairTerm& term, const IntVector* above) {
+  const Lanes* of(const PairTerm& term, const Lanes* above) {
     if (last_.label == term.label && last_.id == term.id && last_.above == term.above &&
         (last_above_ == above || term.above == Test::kAbsent)) {
       return pairs_;
     }
     last_ = term;
     last_above_ = above;
-    reset();
+    pairs_ = block_.counts;
     demand(term.label, block_.label);
     demand(term.id, block_.id);
     demand(term.above, above);
@@ -106,25 +107,21 @@ class BlockMask {
   }
 
  private:
-  void reset() {
-#pragma GCC unroll 16
-    for (int r = 0; r < kStrip; ++r) pairs_[r] = block_.counts[r];
-  }
-
-  void demand(Test test, const IntVector* outcomes) {
+  void demand(Test test, const Lanes* outcomes) {
     if (test == Test::kAbsent) return;
-    const IntVector flip = IntVector{} - (test == Test::kForbidden ? 1 : 0);
+    const Lanes* pairs = pairs_;
+    const Lanes flip = test == Test::kForbidden ? static_cast<Lanes>(~kNoLanes) : kNoLanes;
 #pragma GCC unroll 16
-    for (int r = 0; r < kStrip; ++r) pairs_[r] &= outcomes[r] ^ flip;
+    for (int r = 0; r < kStrip; ++r) admitted_[r] = pairs[r] & (outcomes[r] ^ flip);
+    pairs_ = admitted_;
   }
 
   const Block& block_;
+  const Lanes* pairs_;
   PairTerm last_{};
-  const IntVector* last_above_ = nullptr;
-  IntVector pairs_[kStrip];
+  const Lanes* last_above_ = nullptr;
+  Lanes admitted_[kStrip];
 };
-
-inline Vector only(IntVector pairs, Vector values) { return (Vector)(pairs & (IntVector)values); }
 
 // A strip's dots with those that a row term doesn't admit taken out, from `strip.column` on; may be the strip itself.
 [[gnu::noinline]] void mask_strip(const Sweep& sweep, const TileTags& tags, const Strip& strip, const PairTerm& term,
@@ -134,10 +131,10 @@ inline Vector only(IntVector pairs, Vector values) { return (Vector)(pairs & (In
   for (int64_t v = 0; v < strip.vectors; ++v) {
     test_block(sweep, tags, strip, v, block);
     BlockMask mask(block);
-    const IntVector* pairs = mask.of(term, block.row_above);
+    const Lanes* pairs = mask.of(term, block.row_above);
     for (int r = 0; r < kStrip; ++r) {
       const int64_t at = r * kTilePitch + v * kLanes;
-      store(out + at, pairs[r] ? load(strip.dots + at) : excluded);
+      store(out + at, select(pairs[r], load(strip.dots + at), excluded));
     }
   }
 }

@@ -99,13 +99,14 @@ struct SharedSums {
   }
 };
 
-// What is admitted of a block's values, merged into those of its rows and its columns.
+// What is admitted of a block's values, `pitch` between rows, merged into those of its rows and its columns.
 template <bool kRows, bool kColumns>
-inline void sum_admitted(const IntVector* pairs, const Vector* values, float* row_values, float* column_values) {
+inline void sum_admitted(const Lanes* pairs, const float* values, int64_t pitch, float* row_values,
+                         float* column_values) {
   Vector column = kColumns ? load(column_values) : Vector{};
 #pragma GCC unroll 16
   for (int r = 0; r < kStrip; ++r) {
-    const Vector value = only(pairs[r], values[r]);
+    const Vector value = only(pairs[r], load(values + r * pitch));
     if (kRows) store(row_values + r * kLanes, load(row_values + r * kLanes) + value);
     if (kColumns) column += value;
   }
@@ -113,13 +114,16 @@ inline void sum_admitted(const IntVector* pairs, const Vector* values, float* ro
 }
 
 template <bool kRows, bool kColumns>
-inline void merge_admitted(const IntVector* pairs, const Vector* values, float* row_values, float* column_values) {
+inline void merge_admitted(const Lanes* pairs, const float* dots, float scale, float* row_values,
+                           float* column_values) {
   const Vector none = broadcast(-INFINITY);
+  Vector column = kColumns ? load(column_values) : none;
   for (int r = 0; r < kStrip; ++r) {
-    const Vector value = pairs[r] ? values[r] : none;
+    const Vector value = select(pairs[r], load(dots + r * kTilePitch) * scale, none);
     if (kRows) store(row_values + r * kLanes, larger(value, load(row_values + r * kLanes)));
-    if (kColumns) store(column_values, larger(value, load(column_values)));
+    if (kColumns) column = larger(value, column);
   }
+  if (kColumns) store(column_values, column);
 }
 
 // What a masked sweep accumulates: each dense term apart, of exponentials that all of them share.
@@ -141,21 +145,23 @@ struct MaskedSums {
     }
   }
 
-  static void merge(Reduce reduce, double& into, double value) {
+  // Sums are of dots, which are scaled here.
+  void merge(Reduce reduce, double& into, double value) const {
+    if (reduce == Reduce::kSum) value *= sweep.scale;
     into = reduce == Reduce::kMax ? absorb(reduce, into, value) : into + value;
   }
 
   template <bool kRows, bool kColumns>
-  void merge_block(const PairTerm& term, int t, const IntVector* pairs, const Block& block, const Vector* e,
-                   int64_t column) {
+  void merge_block(const PairTerm& term, int t, const Lanes* pairs, const float* dots, const float* e,
+                   int64_t column) const {
     float* row_values = space.row_values + t * kStrip * kLanes;
     float* column_values = space.column_values + t * kMaxTile + column;
     if (term.reduce == Reduce::kMax) {
-      merge_admitted<kRows, kColumns>(pairs, block.logits, row_values, column_values);
+      merge_admitted<kRows, kColumns>(pairs, dots, sweep.scale, row_values, column_values);
     } else if (term.reduce == Reduce::kSum) {
-      sum_admitted<kRows, kColumns>(pairs, block.logits, row_values, column_values);
+      sum_admitted<kRows, kColumns>(pairs, dots, kTilePitch, row_values, column_values);
     } else if (exponentials) {
-      sum_admitted<kRows, kColumns>(pairs, e, row_values, column_values);
+      sum_admitted<kRows, kColumns>(pairs, e, kLanes, row_values, column_values);
     }
   }
 
@@ -167,15 +173,14 @@ struct MaskedSums {
     tags.gather_rows(sweep, tile, strip);
     clear(sweep.rows, kStrip * kLanes, space.row_values);
     Block block;
-    Vector e[kStrip] = {};
+    alignas(64) float e[kStrip * kLanes] = {};
     for (int64_t v = 0; v < strip.vectors; ++v) {
+      const float* dots = strip.dots + v * kLanes;
       const int64_t column = strip.column + v * kLanes;
       test_block(sweep, tags, strip, v, block);
       if (exponentials) {
 #pragma GCC unroll 16
-        for (int r = 0; r < kStrip; ++r) {
-          e[r] = exp2(load(strip.dots + r * kTilePitch + v * kLanes) * factor - shift);
-        }
+        for (int r = 0; r < kStrip; ++r) store(e + r * kLanes, exp2(load(dots + r * kTilePitch) * factor - shift));
       }
       BlockMask mask(block);
       // The terms of a symmetric plan are those of both axes, and all but a threshold is the same for both.
@@ -183,17 +188,17 @@ struct MaskedSums {
       for (int t = 0; t < sweep.rows.count; ++t) {
         const PairTerm& term = sweep.rows.terms[t];
         if (!is_dense(term)) continue;
-        const IntVector* pairs = mask.of(term, block.row_above);
+        const Lanes* pairs = mask.of(term, block.row_above);
         if (serves_both(term)) {
-          merge_block<true, true>(term, t, pairs, block, e, column);
+          merge_block<true, true>(term, t, pairs, dots, e, column);
         } else {
-          merge_block<true, false>(term, t, pairs, block, e, column);
+          merge_block<true, false>(term, t, pairs, dots, e, column);
         }
       }
       for (int t = 0; t < sweep.columns.count; ++t) {
         const PairTerm& term = sweep.columns.terms[t];
         if (!is_dense(term) || serves_both(term)) continue;
-        merge_block<false, true>(term, t, mask.of(term, block.column_above), block, e, column);
+        merge_block<false, true>(term, t, mask.of(term, block.column_above), dots, e, column);
       }
     }
     for (int t = 0; t < sweep.rows.count; ++t) {
