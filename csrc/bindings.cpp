@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/engine.h"
 
@@ -36,10 +37,35 @@ cpu::Matrix matrix(const Tensor& tensor, const char* name) {
   return {tensor.const_data_ptr(), dtype, tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
 }
 
-// `terms` is int64 [T, 4]: reduce, axis (0 row, 1 column), self test, target test; see fastcl/backends/cpu.py.
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+template <class Number>
+const Number* vector_of(const Tensor& tensor, ScalarType type, int64_t vectors, int64_t size, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous() && tensor.numel() == vectors * size &&
+                      tensor.size(tensor.dim() - 1) == size,
+                  name, " must be contiguous, with an entry for each row");
+  return tensor.const_data_ptr<Number>();
+}
+
+// From labels int32 [3, size], ids int32 [size] and thresholds float32 [size], where given; see fastcl/backends/cpu.py.
+cpu::Tags make_tags(const std::optional<Tensor>* tags, int64_t size) {
+  cpu::Tags result{};
+  if (tags[0].has_value()) {
+    result.label = vector_of<int32_t>(*tags[0], ScalarType::Int, 3, size, "labels");
+    result.nearest = result.label + size;
+    result.reach = result.nearest + size;
+  }
+  if (tags[1].has_value()) result.id = vector_of<int32_t>(*tags[1], ScalarType::Int, 1, size, "ids");
+  if (tags[2].has_value()) result.threshold = vector_of<float>(*tags[2], ScalarType::Float, 1, size, "threshold");
+  return result;
+}
+
+// `terms` is int64 [T, 7]: reduce, axis (0 row, 1 column) and the tests of a mask; `tags` are those of the rows and of
+// the columns, or none; see fastcl/backends/cpu.py.
 cpu::Problem make_problem(const Tensor& a, const std::optional<Tensor>& b, double scale, double shift,
-                          double flag_below, const std::optional<Tensor>& target, int64_t row0, int64_t col0,
-                          const Tensor& terms, bool symmetric) {
+                          double flag_below, double lowest, const std::optional<Tensor>& target,
+                          const OptionalTensors& tags, int64_t row0, int64_t col0, const Tensor& terms,
+                          bool symmetric) {
   cpu::Problem problem{};
   problem.a = matrix(a, "a");
   problem.b = b.has_value() ? matrix(*b, "b") : problem.a;
@@ -51,6 +77,7 @@ cpu::Problem make_problem(const Tensor& a, const std::optional<Tensor>& b, doubl
   problem.scale = static_cast<float>(scale);
   problem.shift = static_cast<float>(shift);
   problem.flag_below = static_cast<float>(flag_below);
+  problem.lowest = static_cast<float>(lowest);
   problem.row0 = row0;
   problem.col0 = col0;
   if (target.has_value()) {
@@ -59,12 +86,24 @@ cpu::Problem make_problem(const Tensor& a, const std::optional<Tensor>& b, doubl
                     "target must be a contiguous int64 vector with an entry for each row of a");
     problem.target = target->const_data_ptr<int64_t>();
   }
-  STD_TORCH_CHECK(terms.dim() == 2 && terms.size(1) == 4 && terms.is_contiguous(), "terms must be [T, 4]");
+  STD_TORCH_CHECK(tags.empty() || tags.size() == 6, "tags must be three of the rows and three of the columns");
+  if (!tags.empty()) {
+    problem.a_tags = make_tags(&tags[0], problem.a.rows);
+    problem.b_tags = make_tags(&tags[3], problem.b.rows);
+  }
+  STD_TORCH_CHECK(terms.dim() == 2 && terms.size(1) == 7 && terms.is_contiguous(), "terms must be [T, 7]");
   const int64_t* codes = terms.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < terms.size(0); ++t, codes += 4) {
-    const fastcl::PairTerm term{static_cast<fastcl::Reduce>(codes[0]), static_cast<fastcl::Test>(codes[2]),
-                                static_cast<fastcl::Test>(codes[3])};
-    STD_TORCH_CHECK(term.target == fastcl::Test::kAbsent || target.has_value(), "the plan needs a target");
+  for (int64_t t = 0; t < terms.size(0); ++t, codes += 7) {
+    const auto test = [&](int at) { return static_cast<fastcl::Test>(codes[at]); };
+    const fastcl::PairTerm term{static_cast<fastcl::Reduce>(codes[0]), test(2), test(3), test(4), test(5), test(6)};
+    const cpu::Tags& others = symmetric ? problem.a_tags : problem.b_tags;
+    const auto check = [](fastcl::Test tested, bool given, const char* name) {
+      STD_TORCH_CHECK(tested == fastcl::Test::kAbsent || given, "the plan needs ", name);
+    };
+    check(term.target, target.has_value(), "a target");
+    check(term.label, problem.a_tags.label != nullptr && others.label != nullptr, "labels");
+    check(term.id, problem.a_tags.id != nullptr && others.id != nullptr, "ids");
+    check(term.above, (codes[1] == 0 ? problem.a_tags : others).threshold != nullptr, "a threshold");
     (codes[1] == 0 ? problem.row_terms : problem.column_terms).push_back(term);
   }
   STD_TORCH_CHECK(!symmetric || problem.column_terms.empty(), "a symmetric plan has row terms only");
@@ -103,9 +142,10 @@ const float* vectors(const Tensor& tensor, size_t terms, int64_t size, const cha
 }
 
 std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, double scale, double shift, double flag_below,
-                                      std::optional<Tensor> target, int64_t row0, int64_t col0, Tensor terms,
-                                      bool symmetric) {
-  const cpu::Problem problem = make_problem(a, b, scale, shift, flag_below, target, row0, col0, terms, symmetric);
+                                      double lowest, std::optional<Tensor> target, OptionalTensors tags, int64_t row0,
+                                      int64_t col0, Tensor terms, bool symmetric) {
+  const cpu::Problem problem =
+      make_problem(a, b, scale, shift, flag_below, lowest, target, tags, row0, col0, terms, symmetric);
   Tensor rows = new_float(a, problem.row_terms.size(), problem.a.rows);
   Tensor columns = new_float(a, problem.column_terms.size(), problem.b.rows);
   cpu::statistics(problem, workers(), {rows.mutable_data_ptr<float>(), columns.mutable_data_ptr<float>()});
@@ -113,10 +153,11 @@ std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, double 
 }
 
 std::tuple<Tensor, Tensor> gradient(Tensor a, std::optional<Tensor> b, double scale, double shift, double flag_below,
-                                    std::optional<Tensor> target, int64_t row0, int64_t col0, Tensor terms,
-                                    bool symmetric, Tensor rows, Tensor columns, Tensor grad_rows, Tensor grad_columns,
-                                    bool needs_a, bool needs_b) {
-  const cpu::Problem problem = make_problem(a, b, scale, shift, flag_below, target, row0, col0, terms, symmetric);
+                                    double lowest, std::optional<Tensor> target, OptionalTensors tags, int64_t row0,
+                                    int64_t col0, Tensor terms, bool symmetric, Tensor rows, Tensor columns,
+                                    Tensor grad_rows, Tensor grad_columns, bool needs_a, bool needs_b) {
+  const cpu::Problem problem =
+      make_problem(a, b, scale, shift, flag_below, lowest, target, tags, row0, col0, terms, symmetric);
   needs_b = needs_b && !symmetric;
   const size_t row_terms = problem.row_terms.size();
   const size_t column_terms = problem.column_terms.size();
@@ -162,11 +203,12 @@ struct Normalized {
 
 // The loss, its statistics, and the gradients with respect to a, b, the scale and the positive, empty where not wanted.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy(
-    Tensor a, std::optional<Tensor> b, double scale, double shift, double flag_below, std::optional<Tensor> target,
-    int64_t row0, int64_t col0, Tensor terms, bool symmetric, std::optional<Tensor> positive,
-    std::optional<Tensor> weights, double factor, bool normalize, bool needs_a, bool needs_b, bool needs_scale,
-    bool needs_positive) {
-  cpu::Problem problem = make_problem(a, b, scale, shift, flag_below, target, row0, col0, terms, symmetric);
+    Tensor a, std::optional<Tensor> b, double scale, double shift, double flag_below, double lowest,
+    std::optional<Tensor> target, OptionalTensors tags, int64_t row0, int64_t col0, Tensor terms, bool symmetric,
+    std::optional<Tensor> positive, std::optional<Tensor> weights, double factor, bool normalize, bool needs_a,
+    bool needs_b, bool needs_scale, bool needs_positive) {
+  cpu::Problem problem =
+      make_problem(a, b, scale, shift, flag_below, lowest, target, tags, row0, col0, terms, symmetric);
   const cpu::Workers threads = workers();
   const int64_t n = problem.a.rows;
   const int64_t m = problem.b.rows;
@@ -219,17 +261,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy
 
 STABLE_TORCH_LIBRARY(fastcl_cpu, m) {
   m.def(
-      "statistics(Tensor a, Tensor? b, float scale, float shift, float flag_below, Tensor? target, int row0, int col0, "
-      "Tensor terms, bool symmetric) -> (Tensor, Tensor)");
+      "statistics(Tensor a, Tensor? b, float scale, float shift, float flag_below, float lowest, Tensor? target, "
+      "Tensor?[] tags, int row0, int col0, Tensor terms, bool symmetric) -> (Tensor, Tensor)");
   m.def(
-      "gradient(Tensor a, Tensor? b, float scale, float shift, float flag_below, Tensor? target, int row0, int col0, "
-      "Tensor terms, bool symmetric, Tensor rows, Tensor columns, Tensor grad_rows, Tensor grad_columns, bool needs_a, "
-      "bool needs_b) -> (Tensor, Tensor)");
+      "gradient(Tensor a, Tensor? b, float scale, float shift, float flag_below, float lowest, Tensor? target, "
+      "Tensor?[] tags, int row0, int col0, Tensor terms, bool symmetric, Tensor rows, Tensor columns, "
+      "Tensor grad_rows, Tensor grad_columns, bool needs_a, bool needs_b) -> (Tensor, Tensor)");
   m.def(
-      "cross_entropy(Tensor a, Tensor? b, float scale, float shift, float flag_below, Tensor? target, int row0, "
-      "int col0, Tensor terms, bool symmetric, Tensor? positive, Tensor? weights, float factor, bool normalize, "
-      "bool needs_a, bool needs_b, bool needs_scale, bool needs_positive) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
-      "Tensor, Tensor)");
+      "cross_entropy(Tensor a, Tensor? b, float scale, float shift, float flag_below, float lowest, Tensor? target, "
+      "Tensor?[] tags, int row0, int col0, Tensor terms, bool symmetric, Tensor? positive, Tensor? weights, "
+      "float factor, bool normalize, bool needs_a, bool needs_b, bool needs_scale, bool needs_positive) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcl_cpu, CPU, m) {

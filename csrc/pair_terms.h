@@ -23,17 +23,23 @@ struct PairTerm {
   Reduce reduce;
   Test self_pair;
   Test target;
+  Test label = Test::kAbsent;
+  Test id = Test::kAbsent;
+  Test above = Test::kAbsent;
 };
 
 FASTCL_PAIR_FUNCTION bool passes(Test test, bool outcome) {
   return test == Test::kAbsent || (test == Test::kRequired) == outcome;
 }
 
-FASTCL_PAIR_FUNCTION bool admits(const PairTerm& term, bool self_pair, bool target) {
-  return passes(term.self_pair, self_pair) && passes(term.target, target);
+FASTCL_PAIR_FUNCTION bool admits(const PairTerm& term, bool self_pair, bool target, bool label = false, bool id = false,
+                                 bool above = false) {
+  return passes(term.self_pair, self_pair) && passes(term.target, target) && passes(term.label, label) &&
+         passes(term.id, id) && passes(term.above, above);
 }
 
-// A dense term admits all pairs but a few; a sparse one only the few that a required test names.
+// A sparse term admits no more than the few pairs that a required test names; of a dense one, these tests leave all
+// but a few.
 FASTCL_PAIR_FUNCTION bool is_dense(const PairTerm& term) {
   return term.self_pair != Test::kRequired && term.target != Test::kRequired;
 }
@@ -44,6 +50,11 @@ FASTCL_PAIR_FUNCTION double log_add_exp(double x, double y) {
   const double low = x > y ? y : x;
   if (std::isnan(x) || std::isnan(y)) return x + y;
   return std::isinf(high) ? high : high + std::log1p(std::exp(low - high));
+}
+
+// Whether a term looks at more of a pair than whether it is the row itself or its target.
+FASTCL_PAIR_FUNCTION bool tests_tags(const PairTerm& term) {
+  return term.label != Test::kAbsent || term.id != Test::kAbsent || term.above != Test::kAbsent;
 }
 
 // The value of a term that has admitted no pair yet.

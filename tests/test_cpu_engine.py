@@ -238,6 +238,8 @@ def test_nan_and_inf_propagate(plan, bad):
 
 def test_what_is_refused():
     given = operands(CLIP, 4, 4, 4)
-    assert "SUM" in cpu.supports(Plan((Term(Reduce.SUM),)), given)
+    for reduce, name in ((Reduce.LSE, "log-sum-exp"), (Reduce.SUM, "sum")):
+        assert cpu.supports(Plan((Term(reduce),) * 4), given) is None
+        assert f"more than 4 {name} terms" in cpu.supports(Plan((Term(reduce),) * 5), given)
     double = Operands(given.a.double(), given.b.double(), given.scale)
     assert "float64" in cpu.supports(CLIP, double)

@@ -77,7 +77,7 @@ def test_margin_rule(name: str, backend: str, dtype: torch.dtype) -> None:
     assert (rows.double() - reference(*wide)).abs().max() <= 2 * tolerance
 
 
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
+@pytest.mark.parametrize("backend", available_backends())
 def test_exact_duplicates_are_within_rounding_of_a_margin_of_zero(backend: str) -> None:
     """A positive that is computed apart from S must not drop its own duplicates by a rounding."""
     z1 = torch.randn(300, 64)

@@ -97,13 +97,14 @@ double in_one_sweep(const Sweep& sweep, const Workers& workers, RowPanels job) {
   return std::accumulate(losses.begin(), losses.end(), 0.0);
 }
 
-// At most one term of each kind, and its log-sum-exp over all pairs but a few.
+// At most one term of each kind; its log-sum-exp over all pairs but a few or those that masks take, its sum over a few.
 bool looks_along_rows_only(const Problem& problem) {
   if (problem.symmetric || !problem.column_terms.empty()) return false;
   int count[3] = {};
   for (const PairTerm& term : problem.row_terms) {
     if (++count[static_cast<int>(term.reduce)] > 1) return false;
     if (term.reduce == Reduce::kLogSumExp && !is_dense(term)) return false;
+    if (term.reduce == Reduce::kSum && is_dense(term)) return false;
   }
   return count[static_cast<int>(Reduce::kLogSumExp)] == 1;
 }
@@ -119,7 +120,9 @@ double cross_entropy(const Problem& problem, const Workers& workers, const Cross
     if (count > 0) {
       const int64_t units = (sweep.x.rows + kPanelUnit - 1) / kPanelUnit;
       sweep.row_block = (units + count - 1) / count * kPanelUnit;
-      return in_one_sweep(sweep, workers, {count, head, statistics.rows, nullptr, a, b, positive, problem.flag_below});
+      const bool trust_empty = trusts_empty(problem, sweep.shift);
+      return in_one_sweep(sweep, workers,
+                          {count, head, statistics.rows, nullptr, a, b, positive, problem.flag_below, trust_empty});
     }
   }
   return in_two_sweeps(problem, workers, head, statistics, a, b, positive);

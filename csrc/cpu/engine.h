@@ -24,15 +24,28 @@ struct Matrix {
   int64_t depth_stride;
 };
 
+// What masks test about each row of a matrix, null where no term does. Labels are ranks among all labels of the
+// problem; those of the ranks [nearest, nearest + reach] are near enough to a row's own to count as equal.
+struct Tags {
+  const int32_t* label;
+  const int32_t* nearest;
+  const int32_t* reach;
+  const int32_t* id;
+  const float* threshold;
+};
+
 struct Problem {
   Matrix a;
   Matrix b;
-  bool symmetric;         // b is a, and only the pairs on and above the diagonal are computed
-  float scale;            //
-  float shift;            // c in exp(S - c)
-  float flag_below;       // a log-sum-exp L with L - c below this is not trusted
-  const int64_t* target;  // [a.rows] or null
-  int64_t row0;           // global index of a's first row
+  bool symmetric;            // b is a, and only the pairs on and above the diagonal are computed
+  float scale;               //
+  float shift;               // c in exp(S - c)
+  float flag_below;          // a log-sum-exp L with L - c below this is not trusted
+  float lowest = -INFINITY;  // no finite S - c is below this
+  const int64_t* target;     // [a.rows] or null
+  Tags a_tags;
+  Tags b_tags;
+  int64_t row0;  // global index of a's first row
   int64_t col0;
   std::vector<PairTerm> row_terms;
   std::vector<PairTerm> column_terms;

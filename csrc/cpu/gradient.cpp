@@ -30,10 +30,11 @@ struct AxisFactors {
     constexpr float kLog2E = 1.44269504088896340736f;
     const double shift = static_cast<float>(problem.shift * kLog2E) * 0.693147180559945309417;
     for (size_t t = 0; t < terms.size(); ++t) {
-      if (terms[t].reduce != Reduce::kLogSumExp || !is_dense(terms[t])) continue;
+      if (terms[t].reduce == Reduce::kMax || !is_dense(terms[t])) continue;
       float* ratio = &ratios[t * size];
       float* value = &values[t * size];
-      for (int64_t i = 0; i < size; ++i) {
+      dense.push_back({static_cast<int>(t), incoming + t * size, ratio, value});
+      for (int64_t i = 0; terms[t].reduce == Reduce::kLogSumExp && i < size; ++i) {
         const float l = statistics[t * size + i];
         const bool empty = l == -kInfinity;
         ratio[i] = empty ? 0.0f : static_cast<float>(std::exp(shift - l));
@@ -41,7 +42,6 @@ struct AxisFactors {
         const double excess = l - problem.shift;
         if (!empty && (excess < problem.flag_below || excess > kLargestExcess)) flagged[i] = 1;
       }
-      dense.push_back({incoming + t * size, ratio, value});
     }
   }
 

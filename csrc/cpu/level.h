@@ -18,9 +18,6 @@ constexpr int64_t kTileUnit = 96;
 // What the rows of a panel (see RowPanels) are a multiple of: every level's strip.
 constexpr int64_t kPanelUnit = 12;
 
-// Dense log-sum-exp terms along one axis.
-constexpr int kMaxDense = 4;
-
 // Which of the two special relations a pair (x, y) has, x and y being row numbers of the two operands.
 struct PairTests {
   bool uses_self;
@@ -39,6 +36,10 @@ struct AxisTerms {
   bool dense_max;
 };
 
+// The most dense log-sum-exp terms along one axis, and the most dense sums.
+constexpr int kMaxDense = 4;
+constexpr int kMaxSlopes = 2 * kMaxDense;
+
 // A sweep over the tiles of S = scale * X @ Y.T.
 struct Sweep {
   Matrix x;
@@ -52,6 +53,9 @@ struct Sweep {
   float scale;
   float shift;
   PairTests tests;
+  Tags x_tags;
+  Tags y_tags;
+  bool masked;  // the dense terms are apart from each other in more than exceptional pairs (see masks.h)
   AxisTerms rows;
   AxisTerms columns;
 };
@@ -74,18 +78,22 @@ struct Task {
 struct Accumulators {
   double* values;
   int64_t size;
+  int slots;  // 2, or the terms of a masked sweep
   int terms;
 
-  int64_t lane_size() const { return (2 + terms) * size; }
-  // Sum of exp(S - shift), and maximum of S, over the pairs that are not exceptional.
-  double* dense_sum(int64_t lane) const { return values + lane * lane_size(); }
-  double* dense_max(int64_t lane) const { return dense_sum(lane) + size; }
+  int64_t lane_size() const { return (slots + terms) * size; }
+  // Over the pairs that are not exceptional: the sum of exp(S - shift) in slot 0 and the maximum of S in slot 1; each
+  // term's own in a masked sweep.
+  double* dense(int64_t lane, int slot) const { return values + lane * lane_size() + slot * size; }
+  double* dense_sum(int64_t lane) const { return dense(lane, 0); }
+  double* dense_max(int64_t lane) const { return dense(lane, 1); }
   // The value of a term over the exceptional pairs it admits.
-  double* exceptional(int64_t lane, int term) const { return dense_sum(lane) + (2 + term) * size; }
+  double* exceptional(int64_t lane, int term) const { return dense(lane, slots + term); }
 };
 
-// What a dense log-sum-exp term contributes to W along one axis.
+// What a dense log-sum-exp term, or a sum, contributes to W along one axis.
 struct DenseSlope {
+  int term;
   const float* gradient;  // g
   const float* ratio;     // exp(shift - L), 0 for an empty row
   const float* value;     // L, +inf for an empty row
@@ -118,14 +126,16 @@ struct RowPanels {
   float* b;           // W.T @ X [y.rows, depth], null where not wanted
   float* positive;    // gradient with respect to head.positive, null where there is none
   float flag_below;
+  bool trust_empty;  // a sum of 0 says that there was nothing to add, and not that it underflowed
 };
 
 struct Level {
   const char* name;
   size_t (*workspace_bytes)(const Sweep&);
   void (*statistics)(const Sweep&, const Accumulators& rows, const Accumulators& columns, const Task&, void* workspace);
-  // The log-sum-exp of the dense pairs of the rows in x_index, with a running maximum in place of the shift.
-  void (*running)(const Sweep&, const Task&, double* values, void* workspace);
+  // The log-sum-exp of the dense pairs of the rows in x_index, with a running maximum in place of the shift; in a
+  // masked sweep, of those that a term admits.
+  void (*running)(const Sweep&, const PairTerm&, const Task&, double* values, void* workspace);
   void (*gradient)(const Sweep&, const AxisGradient& rows, const AxisGradient& columns, const Task&, void* workspace);
   size_t (*panel_bytes)(const Sweep&, const RowPanels&);
   // Statistics, losses and W @ Y of a panel. Its workspace then says what the panel adds to W.T @ X.

@@ -98,6 +98,12 @@ inline void exponentiate(const Strip& strip, float scale, const float* shifts, [
   for (int r = 0; r < kStrip; ++r) row_sums[r] = sum(sums[r]);
 }
 
+inline int term_of(const AxisTerms& axis, Reduce reduce) {
+  int t = 0;
+  while (t < axis.count && axis.terms[t].reduce != reduce) ++t;
+  return t;
+}
+
 // E of the whole panel with the shifts that the state holds, the rows' sums, the exceptional pairs, and E @ Y.
 template <class Dot>
 inline void sweep_panel(const Sweep& sweep, const RowPanels& job, Tile tile, PanelSpace& space) {
@@ -105,7 +111,10 @@ inline void sweep_panel(const Sweep& sweep, const RowPanels& job, Tile tile, Pan
   const Scale scale(sweep.scale);
   const float factor = scale.logit * kLog2E;
   const int64_t depth = sweep.x.depth;
+  const PairTerm* maximum = sweep.rows.terms + term_of(sweep.rows, Reduce::kMax);
+  const PairTerm* log_sum_exp = sweep.rows.terms + term_of(sweep.rows, Reduce::kLogSumExp);
   Workspace own = space.tile;
+  TileTags tags;
   state.pair_count = 0;
   for (int64_t r = 0; r < tile.rows; ++r) {
     state.sums[r] = 0.0;
@@ -115,12 +124,22 @@ inline void sweep_panel(const Sweep& sweep, const RowPanels& job, Tile tile, Pan
   for (int64_t number = 0; tile.column < sweep.y.rows; tile.column += sweep.tile, ++number) {
     tile.columns = smaller(sweep.y.rows - tile.column, sweep.tile);
     prepare_columns<Dot>(sweep, tile, job.a != nullptr, own);
+    if (sweep.masked) tags.gather_columns(sweep, tile);
     if (job.b != nullptr) {
       own.w_columns = space.column_lhs + number * space.column_lhs_size;
       if (Dot::kPairs == 1) own.logits = own.w_rows = own.w_columns;
     }
     for_each_strip<Dot>(sweep, tile, own, Dot::kPairs == 1, [&](const Strip& strip) {
-      if (sweep.rows.dense_max) merge_maxima(strip, scale.logit, tile.columns, state.maxima, nullptr);
+      if (sweep.masked) tags.gather_rows(sweep, tile, strip);
+      if (sweep.rows.dense_max) {
+        Strip seen = strip;
+        if (sweep.masked) {
+          mask_strip(sweep, tags, strip, *maximum, own.masked);
+          seen.dots = own.masked;
+        }
+        merge_maxima(seen, scale.logit, tile.columns, state.maxima, nullptr);
+      }
+      if (sweep.masked) mask_strip(sweep, tags, strip, *log_sum_exp, strip.dots);
       float sums[kStrip];
       exponentiate<Dot>(strip, factor, state.shifts + strip.row, own, sums);
       for (int64_t r = 0; r < strip.height; ++r) state.sums[strip.row + r] += sums[r];
@@ -171,11 +190,12 @@ inline void absorb_pairs(const Sweep& sweep, int64_t first_row, int64_t rows, Pa
   }
   for (int64_t e = 0; e < state.pair_count; ++e) {
     const PanelPair& pair = state.pairs[e];
-    const PairOutcome outcome = test_pair(sweep.tests, first_row + pair.row, pair.column);
+    const float logit = pair.dot * sweep.scale;
+    const PairOutcome outcome = test_pair(sweep, first_row + pair.row, pair.column, logit).row;
     for (int t = 0; t < axis.count; ++t) {
-      if (!admits(axis.terms[t], outcome.self_pair, outcome.row_target)) continue;
+      if (!admits(axis.terms[t], outcome)) continue;
       double& value = state.exceptional[t][pair.row];
-      value = absorb(axis.terms[t].reduce, value, pair.dot * sweep.scale);
+      value = absorb(axis.terms[t].reduce, value, logit);
     }
   }
 }
@@ -185,12 +205,6 @@ inline double term_value(const AxisTerms& axis, const PanelState& state, int t, 
   const double exceptional = state.exceptional[t][r];
   if (!is_dense(axis.terms[t]) || reduce == Reduce::kSum) return exceptional;
   return absorb(reduce, exceptional, reduce == Reduce::kLogSumExp ? state.log_sums[r] : state.maxima[r]);
-}
-
-inline int term_of(const AxisTerms& axis, Reduce reduce) {
-  int t = 0;
-  while (t < axis.count && axis.terms[t].reduce != reduce) ++t;
-  return t;
 }
 
 // The panel's E, and what it says of the rows; where the one shift did not suffice, once more with one for each row.
@@ -206,10 +220,11 @@ inline void sweep_rows(const Sweep& sweep, const RowPanels& job, const Tile& til
   bool flagged = !std::isfinite(sweep.shift);
   for (int64_t r = 0; r < tile.rows; ++r) {
     state.log_sums[r] = state.sums[r] == 0.0 ? -INFINITY : shift + std::log(state.sums[r]);
-    flagged |= term_value(sweep.rows, state, log_sum_exp, r) - sweep.shift < job.flag_below;
+    const double value = term_value(sweep.rows, state, log_sum_exp, r);
+    flagged |= value - sweep.shift < job.flag_below && !(job.trust_empty && value == -INFINITY);
   }
   if (!flagged) return;
-  running_rows<Dot>(sweep, tile, state.log_sums, space.tile);
+  running_rows<Dot>(sweep, tile, sweep.rows.terms[log_sum_exp], state.log_sums, space.tile);
   for (int64_t r = 0; r < tile.rows; ++r) {
     state.shifts[r] = static_cast<float>(term_value(sweep.rows, state, log_sum_exp, r)) * kLog2E;
     // A row that admits nothing, or nothing but -inf, weighs nothing.
@@ -245,13 +260,14 @@ inline void finish_rows(const Sweep& sweep, const RowPanels& job, const Tile& ti
   for (int64_t e = 0; e < state.pair_count; ++e) {
     PanelPair& pair = state.pairs[e];
     const int64_t i = tile.row + pair.row;
-    const PairOutcome outcome = test_pair(sweep.tests, i, pair.column);
+    const float logit = pair.dot * sweep.scale;
+    const PairOutcome outcome = test_pair(sweep, i, pair.column, logit).row;
     double slopes = 0.0;
     for (int t : {log_sum_exp, positive}) {
-      if (t == sweep.rows.count || !admits(sweep.rows.terms[t], outcome.self_pair, outcome.row_target)) continue;
+      if (t == sweep.rows.count || !admits(sweep.rows.terms[t], outcome)) continue;
       const double value = term_value(sweep.rows, state, t, pair.row);
       const double sign = t == positive ? -1.0 : 1.0;
-      slopes += sign * slope(sweep.rows.terms[t].reduce, value, pair.dot * sweep.scale);
+      slopes += sign * slope(sweep.rows.terms[t].reduce, value, logit);
     }
     pair.weight = static_cast<float>(state.gradients[pair.row] * slopes);
     if (job.a == nullptr) continue;

@@ -20,6 +20,17 @@ inline AxisTerms describe(const std::vector<PairTerm>& terms, float shift) {
   return axis;
 }
 
+// Whether a sum of exp(S - shift) that is 0 says that there was nothing to add, as no such number underflows.
+inline bool trusts_empty(const Problem& problem, float shift) {
+  constexpr float kLogSmallest = -87.0f;
+  return problem.lowest + problem.shift - shift > kLogSmallest;
+}
+
+// Whether a log-sum-exp has to be computed again with a running maximum.
+inline bool is_suspect(const Problem& problem, bool trust_empty, double value) {
+  return value - problem.shift < problem.flag_below && !(trust_empty && value == -INFINITY);
+}
+
 inline Sweep make_sweep(const Problem& problem) {
   Sweep sweep{};
   sweep.x = problem.a;
@@ -31,6 +42,8 @@ inline Sweep make_sweep(const Problem& problem) {
   sweep.column_block = block_size(sweep.y.rows, sweep.tile);
   sweep.scale = problem.scale;
   sweep.shift = problem.shift;
+  sweep.x_tags = problem.a_tags;
+  sweep.y_tags = problem.symmetric ? problem.a_tags : problem.b_tags;
   sweep.rows = describe(problem.row_terms, problem.shift);
   // The tile (i, j) of a symmetric plan serves row i as the pair (i, j) and row j as the pair (j, i).
   sweep.columns = problem.symmetric ? sweep.rows : describe(problem.column_terms, problem.shift);
@@ -40,6 +53,7 @@ inline Sweep make_sweep(const Problem& problem) {
     for (const PairTerm& term : *terms) {
       sweep.tests.uses_self |= term.self_pair != Test::kAbsent;
       if (term.target != Test::kAbsent) sweep.tests.x_target = problem.target;
+      sweep.masked |= is_dense(term) && (term.reduce == Reduce::kSum || tests_tags(term));
     }
   }
   if (problem.symmetric) sweep.tests.y_target = sweep.tests.x_target;
@@ -53,6 +67,7 @@ inline Sweep transposed(Sweep sweep) {
   std::swap(sweep.rows, sweep.columns);
   std::swap(sweep.tests.x0, sweep.tests.y0);
   std::swap(sweep.tests.x_target, sweep.tests.y_target);
+  std::swap(sweep.x_tags, sweep.y_tags);
   sweep.x_count = sweep.x.rows;
   return sweep;
 }

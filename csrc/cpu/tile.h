@@ -1,8 +1,9 @@
 // A tile of S: its logits strip by strip, with the exceptional pairs taken out.
 //
-// A pair is exceptional where a term's mask could tell it from the others: at most a few in a row. The vector code sees
-// every other pair, for which all dense terms agree. Exceptional pairs are set to a logit of -inf before, and added by
-// scalar code to exactly the terms that admit them after.
+// A pair is exceptional where it is a row's own or its target and a term's mask asks for that: at most a few in a row.
+// The vector code sees every other pair, for which all dense terms agree, unless masks ask for more (masks.h).
+// Exceptional pairs are set to a logit of -inf before, and added by scalar code to exactly the terms that admit them
+// after.
 #pragma once
 
 #include <cfloat>
@@ -44,21 +45,41 @@ struct ExceptionalPairs {
   int32_t strip_end[kMaxStrips + 1];  // pairs of strip s are strip_end[s] up to strip_end[s + 1]
 };
 
-// The outcomes of the tests for one pair.
+// The outcomes of the tests for one pair, as terms along rows and along columns see it.
 struct PairOutcome {
   bool self_pair;
-  bool row_target;
-  bool column_target;
+  bool target;
+  bool label;
+  bool id;
+  bool above;
 };
+
+struct PairOutcomes {
+  PairOutcome row;
+  PairOutcome column;
+};
+
+inline bool admits(const PairTerm& term, const PairOutcome& pair) {
+  return fastcl::admits(term, pair.self_pair, pair.target, pair.label, pair.id, pair.above);
+}
 
 inline bool hits(const int64_t* target, int64_t from, int64_t to) { return target != nullptr && target[from] == to; }
 
-inline PairOutcome test_pair(const PairTests& tests, int64_t x, int64_t y) {
+inline PairOutcomes test_pair(const Sweep& sweep, int64_t x, int64_t y, float logit) {
+  const PairTests& tests = sweep.tests;
+  const Tags& of_x = sweep.x_tags;
+  const Tags& of_y = sweep.y_tags;
   const bool x_hits = hits(tests.x_target, x, y + tests.y0);
   const bool y_hits = hits(tests.y_target, y, x + tests.x0);
   const bool self_pair = tests.uses_self && x + tests.x0 == y + tests.y0;
-  if (tests.mirrored) return {self_pair, x_hits, y_hits};
-  return {self_pair, x_hits || y_hits, x_hits || y_hits};
+  const bool label = of_x.label != nullptr &&
+                     static_cast<uint32_t>(of_y.label[y] - of_x.nearest[x]) <= static_cast<uint32_t>(of_x.reach[x]);
+  const bool id = of_x.id != nullptr && of_x.id[x] == of_y.id[y];
+  const bool x_above = of_x.threshold != nullptr && logit > of_x.threshold[x];
+  const bool y_above = of_y.threshold != nullptr && logit > of_y.threshold[y];
+  const bool any_hits = x_hits || y_hits;
+  return {{self_pair, tests.mirrored ? x_hits : any_hits, label, id, x_above},
+          {self_pair, tests.mirrored ? y_hits : any_hits, label, id, y_above}};
 }
 
 inline int64_t row_of(const Sweep& sweep, int64_t row) { return sweep.x_index != nullptr ? sweep.x_index[row] : row; }
@@ -134,6 +155,9 @@ struct Workspace {
   float* w_rows;     // LEFT of W @ Y
   float* w_columns;  // LEFT of W.T @ X
   float* column_sums;
+  float* row_values;     // of each term of a masked sweep: [rows.count][kStrip] vectors
+  float* column_values;  // [columns.count][kMaxTile]
+  float* masked;         // a strip's dots as one of the terms sees them
   ExceptionalPairs* exceptional;
   Rows x;  // in x_buffer or in place
 };
@@ -160,6 +184,9 @@ inline size_t lay_out(const Sweep& sweep, char* base, Workspace& space) {
   space.w_rows = paired ? take(x_tile * kTilePitch / 2) : space.logits;
   space.w_columns = paired ? take(x_tile * kTilePitch / 2) : space.logits;
   space.column_sums = take(kMaxTile);
+  space.row_values = take(sweep.masked ? sweep.rows.count * kStrip * kLanes : 0);
+  space.column_values = take(sweep.masked ? sweep.columns.count * kMaxTile : 0);
+  space.masked = take(sweep.masked ? kStrip * kTilePitch : 0);
   space.exceptional = reinterpret_cast<ExceptionalPairs*>(take(sizeof(ExceptionalPairs) / sizeof(float) + 1));
   return used;
 }

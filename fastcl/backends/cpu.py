@@ -7,22 +7,25 @@ use. Everything here is the translation of a call into the operators of ``fastcl
 from __future__ import annotations
 
 import functools
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-from fastcl.backends.shift import fixed_shift, flag_threshold
+from fastcl.backends.shift import fixed_shift, flag_threshold, lowest_exponent
 from fastcl.terms import (
     Axis,
     CrossEntropy,
     Gradients,
     LossAndGradients,
+    Mask,
     Needs,
     Operands,
     Plan,
     Products,
     Reduce,
     Statistics,
+    Tags,
 )
 
 _MINIMUM_TORCH = (2, 11)
@@ -71,13 +74,10 @@ def supports(plan: Plan, operands: Operands) -> str | None:
         return "an operand is empty"
     if plan.symmetric and (plan.columns or operands.b is not None or operands.row0 != operands.col0):
         return "a symmetric plan takes one operand, row terms only, and row0 == col0"
-    if not plan.names_pairs:
-        return "a mask tests label, id or above"
-    if any(term.reduce is Reduce.SUM and not term.mask.is_sparse for term in plan.terms):
-        return "a SUM over all but a few pairs is not implemented"
     for terms in (plan.rows, plan.columns):
-        if sum(term.reduce is Reduce.LSE and not term.mask.is_sparse for term in terms) > _MAX_DENSE:
-            return f"more than {_MAX_DENSE} log-sum-exp terms along one axis"
+        for reduce, name in ((Reduce.LSE, "log-sum-exp"), (Reduce.SUM, "sum")):
+            if sum(term.reduce is reduce and not term.mask.is_sparse for term in terms) > _MAX_DENSE:
+                return f"more than {_MAX_DENSE} {name} terms along one axis, over more than a few pairs"
     return None
 
 
@@ -125,13 +125,16 @@ def _vector(x: Tensor | None) -> Tensor | None:
 def _arguments(plan: Plan, operands: Operands) -> tuple:
     target = operands.target if plan.tests("target") else None
     scale = operands.scale.item()
+    shift = float(fixed_shift(operands, scale))
     return (
         operands.a.detach(),
         None if operands.b is None else operands.b.detach(),
         scale,
-        float(fixed_shift(operands, scale)),
+        shift,
         flag_threshold(operands),
+        lowest_exponent(operands, shift),
         None if target is None else target.to(torch.int64).contiguous(),
+        [] if plan.names_pairs else _tags(plan, operands),
         operands.row0,
         operands.col0,
         _term_codes(plan),
@@ -139,19 +142,47 @@ def _arguments(plan: Plan, operands: Operands) -> tuple:
     )
 
 
+def _tags(plan: Plan, operands: Operands) -> list[Tensor | None]:
+    """What the plan's masks test about rows and columns: labels int32 [3, .], ids int32 [.], thresholds float32 [.]."""
+    both = (operands.row_tags,) if operands.b is None else (operands.row_tags, operands.column_tags)
+    tested = plan.tags_tested(Axis.ROW), plan.tags_tested(Axis.COLUMN)
+    labels = _ranks([tags.labels for tags in both], plan.label_width) if plan.tests("label") else [None] * 2
+    ids = _ranks([tags.ids for tags in both], 0) if plan.tests("id") else [None] * 2
+    found: list[Tensor | None] = []
+    for k, tags in enumerate(both):
+        threshold = _vector(tags.threshold) if tested[k][2] else None
+        found += [labels[k], None if ids[k] is None else ids[k][0], threshold]
+    return found + [None] * (2 * len(Tags._fields) - len(found))
+
+
+def _ranks(tags: list[Tensor], width: int) -> list[Tensor]:
+    """For each of the tags its rank, the first of the ranks that are within ``width``, and how many more these are.
+
+    Ranks are among all tags and fit into 32 bits, whatever the tags are.
+    """
+    sizes = [len(x) for x in tags]
+    values, rank = torch.unique(torch.cat(tags), return_inverse=True)
+    first = last = torch.arange(len(values))
+    if width:
+        limits = torch.iinfo(values.dtype)
+        first = torch.searchsorted(values, values.clamp(min=limits.min + width) - width)
+        last = torch.searchsorted(values, values.clamp(max=limits.max - width) + width, right=True) - 1
+    codes = torch.stack((rank, first[rank], (last - first)[rank])).to(torch.int32)
+    return [part.contiguous() for part in codes.split(sizes, dim=1)]
+
+
 @functools.lru_cache(maxsize=256)
 def _term_codes(plan: Plan) -> Tensor:
-    """The plan's terms as int64 [T, 4]: reduce, axis, self test, target test."""
+    """The plan's terms as int64 [T, 7]: reduce, axis, and the tests of the mask in their order."""
     codes = [
         (
             _REDUCE_CODES[term.reduce],
             int(term.axis is Axis.COLUMN),
-            _TEST_CODES[term.mask.self_pair],
-            _TEST_CODES[term.mask.target],
+            *(_TEST_CODES[getattr(term.mask, test.name)] for test in fields(Mask)),
         )
         for term in plan.terms
     ]
-    return torch.tensor(codes, dtype=torch.int64).reshape(-1, 4)
+    return torch.tensor(codes, dtype=torch.int64).reshape(-1, 2 + len(fields(Mask)))
 
 
 @functools.lru_cache(maxsize=1)

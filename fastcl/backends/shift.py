@@ -40,6 +40,12 @@ def flag_threshold(operands: Operands) -> float:
     return math.log(1e6 * max(n, m) * _SMALLEST_NORMAL)
 
 
+def lowest_exponent(operands: Operands, shift: float) -> float:
+    """A lower bound of S - c for finite logits: above the smallest normal number's log, a sum of 0 has no summands."""
+    n, m = operands.shape
+    return -2.0 * shift - (_HEADROOM - math.log(max(n, m)))
+
+
 def norm_bound(operands: Operands) -> Tensor | float:
     """An upper bound of |a[i]| * |b[j]|."""
     if operands.norm_bound is not None:
