@@ -11,6 +11,7 @@ from fastcl.engine import list_backends
 from fastcl.gradcache import GradCache, cached
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
+from fastcl.losses.dcl import dcl_loss
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.siglip import siglip_loss
@@ -40,6 +41,7 @@ __all__ = [
     "cached",
     "clip_loss",
     "cosine_similarity_loss",
+    "dcl_loss",
     "info_nce",
     "list_backends",
     "memory",

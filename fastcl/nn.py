@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_scalar
 from fastcl.losses.clip import clip_loss
+from fastcl.losses.dcl import dcl_loss
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.without_pairs import (
@@ -104,6 +105,31 @@ class InfoNCELoss(_TemperatureLoss):
         self, query: Tensor, key: Tensor, *, target: Tensor | None = None, negatives: Tensor | None = None
     ) -> Tensor:
         return info_nce(query, key, self.temperature, target=target, negatives=negatives, **self.options)
+
+
+class DCLLoss(_TemperatureLoss):
+    """:func:`fastcl.dcl_loss` as a module: ``DCLLoss(0.1)(z1, z2)``.
+
+    ``learnable`` and ``max_scale`` are as in :class:`NTXentLoss`.
+    """
+
+    def __init__(self, temperature: float = 0.1, **options: object) -> None:
+        super().__init__(temperature, **options)
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return dcl_loss(z1, z2, self.temperature, **self.options)
+
+
+class DCLWLoss(_TemperatureLoss):
+    """:func:`fastcl.dcl_loss` with weights of the positives as a module: ``DCLWLoss(0.1, sigma=0.5)(z1, z2)``."""
+
+    def __init__(self, temperature: float = 0.1, sigma: float = 0.5, **options: object) -> None:
+        super().__init__(temperature, **options)
+        check_scalar("sigma", sigma, positive=True)
+        self.sigma = sigma
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return dcl_loss(z1, z2, self.temperature, sigma=self.sigma, **self.options)
 
 
 class ClipLoss(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor
 import fastcl
 from fastcl.engine import BACKENDS
 from fastcl.losses.clip import reference as clip_reference
+from fastcl.losses.dcl import reference as dcl_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.siglip import reference as siglip_reference
@@ -43,6 +44,8 @@ class Loss:
 
     one_operator: bool
     """whether the mean is computed with its gradients, in an operator that torch.func understands"""
+    detached: bool
+    """whether the loss holds a part of itself constant, so that its gradient is not that of its value"""
 
     @property
     def symmetric(self) -> bool:
@@ -70,6 +73,7 @@ def _row(
     passes: tuple[float, tuple[float, float], float],
     given: Callable[[list[Tensor]], dict[str, object]] = lambda features: {},
     one_operator: bool = True,
+    detached: bool = False,
 ) -> Loss:
     """A loss whose options ``given`` makes of the features, for call and reference alike."""
     return Loss(
@@ -79,6 +83,7 @@ def _row(
         features,
         *passes,
         one_operator,
+        detached,
     )
 
 
@@ -216,6 +221,26 @@ LOSSES = (
         _BOTH,
         lambda x: {"label_smoothing": 0.2},
         one_operator=False,
+    ),
+    _row("dcl", fastcl.dcl_loss, dcl_reference, _VIEWS, _HALF, one_operator=False),
+    _row(
+        "dcl_ids",
+        fastcl.dcl_loss,
+        dcl_reference,
+        _VIEWS,
+        _HALF,
+        lambda x: {"ids": tag(len(x[0]), 4, x[0])},
+        one_operator=False,
+    ),
+    _row(
+        "dclw",
+        fastcl.dcl_loss,
+        dcl_reference,
+        _VIEWS,
+        _HALF,
+        lambda x: {"sigma": 0.5},
+        one_operator=False,
+        detached=True,
     ),
     _row("siglip", _siglip(fastcl.siglip_loss), _siglip(siglip_reference), _CLIP, _ROWS, one_operator=False),
     _row(

@@ -21,6 +21,7 @@ from fastcl import Axis, Mask, Reduce, Term, distributed, engine
 from fastcl.backends import tiled
 from fastcl.exchange import Ranks
 from fastcl.losses.clip import reference as clip_reference
+from fastcl.losses.dcl import reference as dcl_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
@@ -100,6 +101,19 @@ def _views(**tags: int) -> Loss:
     )
 
 
+def _of_views(call: Callable[..., Tensor], reference: Callable[..., Tensor], **given: object) -> Loss:
+    """A loss of two views and a temperature with options, where ids are of so many kinds."""
+
+    def of(rows: int, first: int) -> dict[str, object]:
+        return {name: _tag(rows, first, kinds) if name == "ids" else kinds for name, kinds in given.items()}
+
+    return Loss(
+        lambda x, scale, bias, first, keys, **options: call(*x, 1 / scale, **of(len(x[0]), first), **options),
+        lambda x, scale, bias: reference(*x, 1 / scale, **of(len(x[0]), 0)),
+        lambda pairs: (pairs, pairs),
+    )
+
+
 def _clip(**given: object) -> Loss:
     """CLIP with options, where labels and ids are of so many kinds."""
 
@@ -121,6 +135,8 @@ LOSSES |= {
     "clip_ids_margin": _clip(ids=5, false_negative_margin=0.1),
     "clip_labels": _clip(labels=4),
     "clip_smoothing": _clip(label_smoothing=0.2),
+    "dcl": _of_views(fastcl.dcl_loss, dcl_reference, ids=3),
+    "dclw": _of_views(fastcl.dcl_loss, dcl_reference, sigma=0.7),
 }
 
 

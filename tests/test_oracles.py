@@ -41,6 +41,16 @@ def test_lightly(views, backend: str) -> None:
 
 
 @BACKENDS
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
+def test_decoupled_losses_of_lightly(views, backend: str) -> None:
+    losses = peer("lightly.loss.dcl_loss")
+    options = {"backend": backend}
+    assert_same(fastcl.nn.DCLLoss(0.3, **options)(*views), losses.DCLLoss(temperature=0.3)(*views), views)
+    ours, theirs = fastcl.nn.DCLWLoss(0.3, 0.4, **options), losses.DCLWLoss(temperature=0.3, sigma=0.4)
+    assert_same(ours(*views), theirs(*views), views)
+
+
+@BACKENDS
 def test_pytorch_metric_learning(views, backend: str) -> None:
     losses = peer("pytorch_metric_learning.losses")
     criterion = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.3))

@@ -143,6 +143,11 @@ class LossStats(NamedTuple):
     """1 / temperature"""
 
 
+def other_view(batch: int, device: torch.device) -> Tensor:
+    """For each row of [z1; z2] the row of the other view of its example, int64 [2 * batch]."""
+    return torch.arange(batch, 3 * batch, device=device) % max(1, 2 * batch)
+
+
 def normalize_rows(x: Tensor) -> Tensor:
     """Rows of unit length, in the dtype of ``x``.
 
