@@ -12,6 +12,7 @@ from fastcl.gradcache import GradCache, cached
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
 from fastcl.losses.dcl import dcl_loss
+from fastcl.losses.debiased import debiased_loss, hard_negative_loss
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.siglip import siglip_loss
@@ -42,6 +43,8 @@ __all__ = [
     "clip_loss",
     "cosine_similarity_loss",
     "dcl_loss",
+    "debiased_loss",
+    "hard_negative_loss",
     "info_nce",
     "list_backends",
     "memory",

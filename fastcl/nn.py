@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from fastcl.checks import check_scalar
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.dcl import dcl_loss
+from fastcl.losses.debiased import debiased_loss, hard_negative_loss
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.without_pairs import (
@@ -130,6 +131,31 @@ class DCLWLoss(_TemperatureLoss):
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         return dcl_loss(z1, z2, self.temperature, sigma=self.sigma, **self.options)
+
+
+class DebiasedLoss(_TemperatureLoss):
+    """:func:`fastcl.debiased_loss` as a module: ``DebiasedLoss(0.5, tau_plus=0.1)(z1, z2)``.
+
+    ``learnable`` and ``max_scale`` are as in :class:`NTXentLoss`.
+    """
+
+    def __init__(self, temperature: float = 0.5, tau_plus: float = 0.1, **options: object) -> None:
+        super().__init__(temperature, **options)
+        self.tau_plus = tau_plus
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return debiased_loss(z1, z2, self.temperature, self.tau_plus, **self.options)
+
+
+class HardNegativeLoss(_TemperatureLoss):
+    """:func:`fastcl.hard_negative_loss` as a module: ``HardNegativeLoss(0.5, tau_plus=0.1, beta=1.0)(z1, z2)``."""
+
+    def __init__(self, temperature: float = 0.5, tau_plus: float = 0.1, beta: float = 1.0, **options: object) -> None:
+        super().__init__(temperature, **options)
+        self.tau_plus, self.beta = tau_plus, beta
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return hard_negative_loss(z1, z2, self.temperature, self.tau_plus, self.beta, **self.options)
 
 
 class ClipLoss(nn.Module):

@@ -18,6 +18,7 @@ import fastcl
 from fastcl.engine import BACKENDS
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.dcl import reference as dcl_reference
+from fastcl.losses.debiased import reference as debiased_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.siglip import reference as siglip_reference
@@ -47,10 +48,13 @@ class Loss:
     detached: bool
     """whether the loss holds a part of itself constant, so that its gradient is not that of its value"""
 
+    sweeps: int
+    """how often S is looked at for the value of the rows"""
+
     @property
     def symmetric(self) -> bool:
         """Whether the loss looks at half of S."""
-        return self.passes_of_rows[0] == 0.5
+        return self.passes_of_rows[0] == 0.5 * self.sweeps
 
 
 def _shuffled(n: int, m: int, device: torch.device) -> Tensor:
@@ -74,6 +78,7 @@ def _row(
     given: Callable[[list[Tensor]], dict[str, object]] = lambda features: {},
     one_operator: bool = True,
     detached: bool = False,
+    sweeps: int = 1,
 ) -> Loss:
     """A loss whose options ``given`` makes of the features, for call and reference alike."""
     return Loss(
@@ -84,6 +89,7 @@ def _row(
         *passes,
         one_operator,
         detached,
+        sweeps,
     )
 
 
@@ -93,6 +99,11 @@ def _clip(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _siglip(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, y, tau, **options: call(x, y, 1 / tau, -10.0, normalize=True, **options)
+
+
+def _mild(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """At higher temperatures, where corrected negatives are not all at their bound."""
+    return lambda z1, z2, tau, **options: call(z1, z2, tau + 0.3, **options)
 
 
 def _negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -241,6 +252,35 @@ LOSSES = (
         lambda x: {"sigma": 0.5},
         one_operator=False,
         detached=True,
+    ),
+    _row(
+        "debiased",
+        _mild(fastcl.debiased_loss),
+        _mild(debiased_reference),
+        _VIEWS,
+        _HALF,
+        lambda x: {"tau_plus": 0.1},
+        one_operator=False,
+    ),
+    _row(
+        "hard_negative",
+        _mild(fastcl.hard_negative_loss),
+        _mild(debiased_reference),
+        _VIEWS,
+        (4, (1.0, 3.0), 4),
+        lambda x: {"tau_plus": 0.1, "beta": 0.8},
+        one_operator=False,
+        sweeps=2,
+    ),
+    _row(
+        "hard_negative_ids",
+        _mild(fastcl.hard_negative_loss),
+        _mild(debiased_reference),
+        _VIEWS,
+        (4, (1.0, 3.0), 4),
+        lambda x: {"tau_plus": 0.05, "beta": 0.5, "ids": tag(len(x[0]), 4, x[0])},
+        one_operator=False,
+        sweeps=2,
     ),
     _row("siglip", _siglip(fastcl.siglip_loss), _siglip(siglip_reference), _CLIP, _ROWS, one_operator=False),
     _row(

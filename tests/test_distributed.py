@@ -22,6 +22,7 @@ from fastcl.backends import tiled
 from fastcl.exchange import Ranks
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.dcl import reference as dcl_reference
+from fastcl.losses.debiased import reference as debiased_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
@@ -137,6 +138,8 @@ LOSSES |= {
     "clip_smoothing": _clip(label_smoothing=0.2),
     "dcl": _of_views(fastcl.dcl_loss, dcl_reference, ids=3),
     "dclw": _of_views(fastcl.dcl_loss, dcl_reference, sigma=0.7),
+    "debiased": _of_views(fastcl.debiased_loss, debiased_reference, tau_plus=0.05),
+    "hard_negative": _of_views(fastcl.hard_negative_loss, debiased_reference, tau_plus=0.02, beta=0.6, ids=3),
 }
 
 

@@ -175,6 +175,12 @@ def safe_logsumexp(x: Tensor) -> Tensor:
     return found.masked_fill(nothing, -math.inf)
 
 
+def count_equal(run: Run, own: Tensor, others: Tensor, width: int = 0) -> Tensor:
+    """How many of the others' labels, on all ranks, differ from each own one by no more than ``width``."""
+    own, ordered = own.to(torch.int64), run.gather(others.to(torch.int64)).sort().values
+    return torch.searchsorted(ordered, own + width, right=True) - torch.searchsorted(ordered, own - width)
+
+
 def check_weight(weight: Tensor | None, rows: Tensor) -> None:
     """Raise unless ``weight`` is None or holds one number for each row."""
     if weight is not None:

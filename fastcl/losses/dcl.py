@@ -28,7 +28,7 @@ def dcl_loss(
     group: ProcessGroup | None = None,
     exchange: str = "auto",
 ) -> Tensor | tuple[Tensor, LossStats]:
-    r"""NT-Xent without the positive in its denominator, so that an easy positive doesn't weaken the negatives' gradient.
+    r"""NT-Xent without the positive in its denominator: an easy positive doesn't weaken the negatives' gradient.
 
     With :math:`z = [z_1; z_2]` of 2B rows (scaled to unit length where ``normalize``) and :math:`p(i)` the row of the
     other view of the same example,
