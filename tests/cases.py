@@ -103,7 +103,7 @@ def _siglip(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _mild(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """At higher temperatures, where corrected negatives are not all at their bound."""
-    return lambda z1, z2, tau, **options: call(z1, z2, tau + 0.3, **options)
+    return lambda z1, z2, tau, **options: call(z1, z2, torch.as_tensor(tau).double() + 0.3, **options)
 
 
 def _negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
