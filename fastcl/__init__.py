@@ -14,6 +14,7 @@ from fastcl.losses.common import LossStats
 from fastcl.losses.dcl import dcl_loss
 from fastcl.losses.debiased import debiased_loss, hard_negative_loss
 from fastcl.losses.info_nce import info_nce
+from fastcl.losses.multiple_negatives import multiple_negatives_ranking_loss
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.siglip import siglip_loss
 from fastcl.losses.sup_con import sup_con_loss
@@ -48,6 +49,7 @@ __all__ = [
     "info_nce",
     "list_backends",
     "memory",
+    "multiple_negatives_ranking_loss",
     "negative_cosine_similarity",
     "nn",
     "nt_xent",

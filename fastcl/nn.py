@@ -18,6 +18,7 @@ from fastcl.losses.clip import clip_loss
 from fastcl.losses.dcl import dcl_loss
 from fastcl.losses.debiased import debiased_loss, hard_negative_loss
 from fastcl.losses.info_nce import info_nce
+from fastcl.losses.multiple_negatives import multiple_negatives_ranking_loss
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.without_pairs import (
     barlow_twins_loss,
@@ -212,6 +213,46 @@ class ClipLoss(nn.Module):
             raise ValueError("logit_scale must be given, or learned by ClipLoss(temperature=...); got None")
         loss = clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class MultipleNegativesRankingLoss(nn.Module):
+    """:func:`fastcl.multiple_negatives_ranking_loss` as a module, with sentence-transformers' arguments.
+
+    The embeddings come in place of a model and its texts: ``criterion(query, document, negatives=(first, second))``.
+    ``group`` stands for its ``gather_across_devices``, ``normalize`` for its ``similarity_fct``.
+    """
+
+    def __init__(
+        self,
+        scale: float = 20.0,
+        directions: Sequence[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+        group: ProcessGroup | None = None,
+        exchange: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_scalar("scale", scale, positive=True)
+        self.options = {
+            "tau": 1.0 / scale,
+            "directions": directions,
+            "partition_mode": partition_mode,
+            "hardness_mode": hardness_mode,
+            "hardness_strength": hardness_strength,
+            "normalize": normalize,
+            "reduction": reduction,
+            "backend": backend,
+            "group": group,
+            "exchange": exchange,
+        }
+
+    def forward(self, query: Tensor, document: Tensor, negatives: Sequence[Tensor] = ()) -> Tensor:
+        return multiple_negatives_ranking_loss(query, document, negatives=negatives, **self.options)
 
 
 class NegativeCosineSimilarity(nn.Module):

@@ -20,6 +20,7 @@ from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.dcl import reference as dcl_reference
 from fastcl.losses.debiased import reference as debiased_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
+from fastcl.losses.multiple_negatives import reference as ranking_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.siglip import reference as siglip_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
@@ -110,6 +111,12 @@ def _negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda query, key, negatives, tau, **options: call(query, key, tau, negatives=negatives, **options)
 
 
+def _two_hard_negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda query, document, first, second, tau, **options: call(
+        query, document, tau, negatives=(first, second), **options
+    )
+
+
 def _own_negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def with_two_each(query: Tensor, key: Tensor, negatives: Tensor, tau: Tensor, **options: object) -> Tensor:
         own = torch.stack((negatives[: len(query)], negatives[: len(query)].roll(1, 0)), dim=1)
@@ -139,6 +146,9 @@ _ROWS, _ROWS_IN_TWO = (3, (1.0, 3.0), 2), (4, (1.0, 3.0), 3)
 """the passes of rows only: in one sweep, or two"""
 _BOTH = 4, (1.0, 3.0), 3
 """the passes of rows and columns"""
+_UNEVEN = 0, (0, 0), 0
+"""the passes of a loss that makes several plans, which are counted in a test of its own"""
+_EVERY_DIRECTION = {"directions": ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")}
 _ids, _labels = _pair_of_tags(4), _pair_of_tags(6)
 
 LOSSES = (
@@ -281,6 +291,34 @@ LOSSES = (
         lambda x: {"tau_plus": 0.05, "beta": 0.5, "ids": tag(len(x[0]), 4, x[0])},
         one_operator=False,
         sweeps=2,
+    ),
+    _row("ranking", fastcl.multiple_negatives_ranking_loss, ranking_reference, _QUERIES, _ROWS),
+    _row(
+        "ranking_both_directions",
+        fastcl.multiple_negatives_ranking_loss,
+        ranking_reference,
+        _QUERIES,
+        _BOTH,
+        lambda x: {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+    ),
+    _row(
+        "ranking_every_direction",
+        _two_hard_negatives(fastcl.multiple_negatives_ranking_loss),
+        _two_hard_negatives(ranking_reference),
+        ("query", "document", "first negative", "second negative"),
+        _UNEVEN,
+        lambda x: _EVERY_DIRECTION,
+        one_operator=False,
+    ),
+    _row(
+        "ranking_penalized",
+        _two_hard_negatives(fastcl.multiple_negatives_ranking_loss),
+        _two_hard_negatives(ranking_reference),
+        ("query", "document", "first negative", "second negative"),
+        _UNEVEN,
+        lambda x: _EVERY_DIRECTION | {"hardness_mode": "all_negatives", "hardness_strength": 5.0},
+        one_operator=False,
+        detached=True,
     ),
     _row("siglip", _siglip(fastcl.siglip_loss), _siglip(siglip_reference), _CLIP, _ROWS, one_operator=False),
     _row(

@@ -24,6 +24,8 @@ from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.dcl import reference as dcl_reference
 from fastcl.losses.debiased import reference as debiased_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
+from fastcl.losses.multiple_negatives import DIRECTIONS
+from fastcl.losses.multiple_negatives import reference as ranking_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
 from fastcl.terms import Operands, Plan
@@ -141,6 +143,17 @@ LOSSES |= {
     "debiased": _of_views(fastcl.debiased_loss, debiased_reference, tau_plus=0.05),
     "hard_negative": _of_views(fastcl.hard_negative_loss, debiased_reference, tau_plus=0.02, beta=0.6, ids=3),
 }
+
+
+LOSSES["ranking"] = Loss(
+    lambda x, scale, bias, first, keys, **options: fastcl.multiple_negatives_ranking_loss(
+        x[0], x[1], 1 / scale, negatives=x[2:], directions=DIRECTIONS, ids=_tag(len(x[0]), first, 3), **options
+    ),
+    lambda x, scale, bias: ranking_reference(
+        x[0], x[1], 1 / scale, negatives=x[2:], directions=DIRECTIONS, ids=_tag(len(x[0]), 0, 3)
+    ),
+    lambda pairs: (pairs, pairs, pairs),
+)
 
 
 def shards_of(size: int) -> list[list[int]]:

@@ -82,3 +82,31 @@ def test_info_nce_pytorch(views, backend: str) -> None:
         criterion(*views, negatives),
         (*views, negatives),
     )
+
+
+DIRECTIONS = ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")
+
+
+@BACKENDS
+@pytest.mark.parametrize("columns", [2, 3, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"directions": DIRECTIONS[:2], "partition_mode": "per_direction"},
+        {"directions": DIRECTIONS},
+        {"directions": DIRECTIONS[::3]},
+        {"directions": DIRECTIONS, "hardness_mode": "in_batch_negatives", "hardness_strength": 3.0},
+        {"hardness_mode": "hard_negatives", "hardness_strength": 3.0},
+        {"directions": DIRECTIONS[:3], "hardness_mode": "all_negatives", "hardness_strength": 3.0},
+    ],
+    ids=lambda options: "-".join([*map(str, options.values())]) or "default",
+)
+def test_sentence_transformers(options: dict, columns: int, backend: str) -> None:
+    losses = peer("sentence_transformers.sentence_transformer.losses")
+    criterion = losses.MultipleNegativesRankingLoss(model=None, scale=5.0, **options)
+    generator = torch.Generator().manual_seed(columns)
+    embeddings = [torch.randn(9, 6, generator=generator).requires_grad_() for _ in range(columns)]
+    query, document, *negatives = embeddings
+    ours = fastcl.nn.MultipleNegativesRankingLoss(5.0, **options, backend=backend)(query, document, negatives)
+    assert_same(ours, criterion.compute_loss_from_embeddings(embeddings, None), embeddings)
