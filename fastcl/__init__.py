@@ -13,6 +13,7 @@ from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
 from fastcl.losses.dcl import dcl_loss
 from fastcl.losses.debiased import debiased_loss, hard_negative_loss
+from fastcl.losses.distillation import clip_distillation_loss
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.multiple_negatives import multiple_negatives_ranking_loss
 from fastcl.losses.nt_xent import nt_xent
@@ -41,6 +42,7 @@ __all__ = [
     "Term",
     "barlow_twins_loss",
     "cached",
+    "clip_distillation_loss",
     "clip_loss",
     "cosine_similarity_loss",
     "dcl_loss",

@@ -17,6 +17,7 @@ from fastcl.checks import check_scalar
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.dcl import dcl_loss
 from fastcl.losses.debiased import debiased_loss, hard_negative_loss
+from fastcl.losses.distillation import clip_distillation_loss
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.multiple_negatives import multiple_negatives_ranking_loss
 from fastcl.losses.nt_xent import nt_xent
@@ -213,6 +214,39 @@ class ClipLoss(nn.Module):
             raise ValueError("logit_scale must be given, or learned by ClipLoss(temperature=...); got None")
         loss = clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class DistillClipLoss(nn.Module):
+    """:func:`fastcl.clip_loss` and :func:`fastcl.clip_distillation_loss` as a module, called as open_clip's own.
+
+    The result is the tuple ``(contrastive_loss, distill_loss)``, or with ``output_dict`` a dictionary of both.
+
+    >>> import torch, fastcl
+    >>> x = torch.eye(3, 8)
+    >>> [round(loss.item(), 4) for loss in fastcl.nn.DistillClipLoss()(x, x, 1.0, x, x, 50.0)]
+    [0.5514, 0.5514]
+    """
+
+    def __init__(self, *, normalize: bool = False, reduction: str = "mean", group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.options = {"normalize": normalize, "reduction": reduction, "group": group}
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: float | Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        student, teacher = (image_features, text_features, logit_scale), (dist_image_features, dist_text_features)
+        contrastive = clip_loss(*student, **self.options)
+        distilled = clip_distillation_loss(*student, *teacher, dist_logit_scale, **self.options)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "distill_loss": distilled}
+        return contrastive, distilled
 
 
 class MultipleNegativesRankingLoss(nn.Module):

@@ -19,6 +19,7 @@ from fastcl.engine import BACKENDS
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.dcl import reference as dcl_reference
 from fastcl.losses.debiased import reference as debiased_reference
+from fastcl.losses.distillation import reference as distillation_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.multiple_negatives import reference as ranking_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
@@ -109,6 +110,17 @@ def _mild(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda query, key, negatives, tau, **options: call(query, key, tau, negatives=negatives, **options)
+
+
+def _distillation(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With a teacher that depends on nothing but the shape."""
+
+    def with_teacher(x: Tensor, y: Tensor, tau: Tensor, **options: object) -> Tensor:
+        angles = torch.arange(x.numel(), device=x.device, dtype=torch.float64).reshape(x.shape)
+        teacher = ((0.7 * angles).sin().to(x.dtype), (0.7 * angles + 0.9 * angles.cos()).sin().to(x.dtype))
+        return call(x, y, 1 / tau, *teacher, 4.0, normalize=True, **options)
+
+    return with_teacher
 
 
 def _two_hard_negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -319,6 +331,15 @@ LOSSES = (
         lambda x: _EVERY_DIRECTION | {"hardness_mode": "all_negatives", "hardness_strength": 5.0},
         one_operator=False,
         detached=True,
+    ),
+    _row(
+        "clip_distillation",
+        _distillation(fastcl.clip_distillation_loss),
+        _distillation(distillation_reference),
+        _CLIP,
+        (8, (4.0, 8.0), 6),
+        one_operator=False,
+        sweeps=2,
     ),
     _row("siglip", _siglip(fastcl.siglip_loss), _siglip(siglip_reference), _CLIP, _ROWS, one_operator=False),
     _row(

@@ -23,6 +23,7 @@ from fastcl.exchange import Ranks
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.dcl import reference as dcl_reference
 from fastcl.losses.debiased import reference as debiased_reference
+from fastcl.losses.distillation import reference as distillation_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.multiple_negatives import DIRECTIONS
 from fastcl.losses.multiple_negatives import reference as ranking_reference
@@ -145,6 +146,18 @@ LOSSES |= {
 }
 
 
+def _teacher(pairs: int, first: int) -> tuple[Tensor, Tensor, float]:
+    angles = 0.7 * (torch.arange(2 * pairs * DIM, dtype=torch.float64) + 2 * first * DIM).reshape(pairs, 2, DIM)
+    return *angles.sin().unbind(dim=1), 3.0
+
+
+LOSSES["clip_distillation"] = Loss(
+    lambda x, scale, bias, first, keys, exchange, **options: fastcl.clip_distillation_loss(
+        *x, scale, *_teacher(len(x[0]), first), normalize=True, **options
+    ),
+    lambda x, scale, bias: distillation_reference(*x, scale, *_teacher(len(x[0]), 0), normalize=True),
+    lambda pairs: (pairs, pairs),
+)
 LOSSES["ranking"] = Loss(
     lambda x, scale, bias, first, keys, **options: fastcl.multiple_negatives_ranking_loss(
         x[0], x[1], 1 / scale, negatives=x[2:], directions=DIRECTIONS, ids=_tag(len(x[0]), first, 3), **options

@@ -72,6 +72,19 @@ def test_open_clip(views, backend: str) -> None:
     assert ours.keys() == theirs.keys()
 
 
+def test_distillation_of_open_clip(views) -> None:
+    criterion = peer("open_clip.loss").DistillClipLoss()
+    images, texts = (torch.nn.functional.normalize(x.detach(), dim=1).requires_grad_() for x in views)
+    teacher = torch.nn.functional.normalize(torch.randn(2, 24, 7, generator=torch.Generator().manual_seed(8)), dim=2)
+    scale = torch.tensor(12.0, requires_grad=True)
+    arguments = (images, texts, scale, *teacher, 20.0)
+    ours = fastcl.nn.DistillClipLoss()(*arguments, output_dict=True)
+    theirs = criterion(*arguments, output_dict=True)
+    assert list(ours) == list(theirs)
+    torch.testing.assert_close(ours, theirs)
+    assert_same(sum(ours.values()), sum(theirs.values()), (images, texts, scale))
+
+
 @BACKENDS
 def test_info_nce_pytorch(views, backend: str) -> None:
     criterion = peer("info_nce").InfoNCE(temperature=0.3)

@@ -119,7 +119,7 @@ def multiple_negatives_ranking_loss(
     run = Run.checked(
         reduction, backend, group, exchange, loss="multiple_negatives_ranking_loss", normalize=normalize,
         negatives=len(negatives), directions=sorted(directions), partition_mode=partition_mode,
-        hardness_mode=hardness_mode, hardness_strength=hardness_strength, ids=ids is not None,
+        hardness_mode=hardness_mode, hardness_strength=hardness_strength or None, ids=ids is not None,
     )  # fmt: skip
     scale, tags = inverse(tau, query), Tags(None, ids)
     mask = Mask(self_pair=False, id=None if ids is None else False)
