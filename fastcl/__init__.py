@@ -6,9 +6,10 @@
 torch.Size([])
 """
 
-from fastcl import memory, nn
+from fastcl import memory, nn, similarity
 from fastcl.engine import list_backends
 from fastcl.gradcache import GradCache, cached
+from fastcl.losses.alpha_cl import alpha_cl_loss
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
 from fastcl.losses.dcl import dcl_loss
@@ -40,6 +41,7 @@ __all__ = [
     "Reduce",
     "Tags",
     "Term",
+    "alpha_cl_loss",
     "barlow_twins_loss",
     "cached",
     "clip_distillation_loss",
@@ -57,6 +59,7 @@ __all__ = [
     "nt_xent",
     "pairwise",
     "siglip_loss",
+    "similarity",
     "sinkhorn",
     "softmax_classification_loss",
     "sup_con_loss",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_scalar
+from fastcl.losses.alpha_cl import alpha_cl_loss
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.dcl import dcl_loss
 from fastcl.losses.debiased import debiased_loss, hard_negative_loss
@@ -214,6 +215,33 @@ class ClipLoss(nn.Module):
             raise ValueError("logit_scale must be given, or learned by ClipLoss(temperature=...); got None")
         loss = clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class AlphaCLLoss(nn.Module):
+    """:func:`fastcl.alpha_cl_loss` as a module: ``AlphaCLLoss(0.5, importance="power", power=4.0)(z1, z2)``."""
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        importance: str = "softmax",
+        power: float = 4.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = {
+            "tau": temperature,
+            "importance": importance,
+            "power": power,
+            "normalize": normalize,
+            "reduction": reduction,
+            "group": group,
+        }
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return alpha_cl_loss(z1, z2, **self.options)
 
 
 class DistillClipLoss(nn.Module):

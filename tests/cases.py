@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastcl
 from fastcl.engine import BACKENDS
+from fastcl.losses.alpha_cl import reference as alpha_cl_reference
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.dcl import reference as dcl_reference
 from fastcl.losses.debiased import reference as debiased_reference
@@ -121,6 +122,11 @@ def _distillation(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return call(x, y, 1 / tau, *teacher, 4.0, normalize=True, **options)
 
     return with_teacher
+
+
+def _over_tau(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The energy of a constant temperature, divided by the one that is differentiated."""
+    return lambda z1, z2, tau, **options: call(z1, z2, 0.5, **options) / tau
 
 
 def _two_hard_negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -340,6 +346,19 @@ LOSSES = (
         (8, (4.0, 8.0), 6),
         one_operator=False,
         sweeps=2,
+    ),
+    *(
+        _row(
+            f"alpha_cl_{rule}",
+            _over_tau(fastcl.alpha_cl_loss),
+            _over_tau(alpha_cl_reference),
+            _VIEWS,
+            (3, (1.0, 3.0), 3),
+            lambda x, rule=rule: {"importance": rule},
+            one_operator=False,
+            detached=rule != "uniform",
+        )
+        for rule in ("softmax", "uniform", "power")
     ),
     _row("siglip", _siglip(fastcl.siglip_loss), _siglip(siglip_reference), _CLIP, _ROWS, one_operator=False),
     _row(

@@ -20,6 +20,7 @@ import fastcl
 from fastcl import Axis, Mask, Reduce, Term, distributed, engine
 from fastcl.backends import tiled
 from fastcl.exchange import Ranks
+from fastcl.losses.alpha_cl import reference as alpha_cl_reference
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.dcl import reference as dcl_reference
 from fastcl.losses.debiased import reference as debiased_reference
@@ -156,6 +157,13 @@ LOSSES["clip_distillation"] = Loss(
         *x, scale, *_teacher(len(x[0]), first), normalize=True, **options
     ),
     lambda x, scale, bias: distillation_reference(*x, scale, *_teacher(len(x[0]), 0), normalize=True),
+    lambda pairs: (pairs, pairs),
+)
+LOSSES["alpha_cl"] = Loss(
+    lambda x, scale, bias, first, keys, exchange, **options: (
+        scale * fastcl.alpha_cl_loss(*x, 0.7, importance="power", ids=_tag(len(x[0]), first, 3), **options)
+    ),
+    lambda x, scale, bias: scale * alpha_cl_reference(*x, 0.7, importance="power", ids=_tag(len(x[0]), 0, 3)),
     lambda pairs: (pairs, pairs),
 )
 LOSSES["ranking"] = Loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,13 +10,18 @@ import torch
 from torch import Tensor
 
 import fastcl
+from fastcl.backends import tiled
+from fastcl.losses.alpha_cl import reference as alpha_cl_reference
 from fastcl.losses.debiased import reference as debiased_reference
+from fastcl.losses.multiple_negatives import DIRECTIONS
 from tests.cases import available_backends
+from tests.test_passes import DIM, passes_of, record_calls
 
 BACKENDS = pytest.mark.parametrize("backend", available_backends())
 OF_VIEWS = {
     "dcl": fastcl.dcl_loss,
     "dclw": lambda z1, z2, tau, **o: fastcl.dcl_loss(z1, z2, tau, sigma=0.5, **o),
+    "alpha_cl": lambda z1, z2, tau, **o: fastcl.alpha_cl_loss(z1, z2, tau, importance="power", **o),
     "debiased": lambda z1, z2, tau, **o: fastcl.debiased_loss(z1, z2, tau, 0.1, **o),
     "hard_negative": lambda z1, z2, tau, **o: fastcl.hard_negative_loss(z1, z2, tau, 0.1, 1.0, **o),
 }
@@ -29,12 +35,18 @@ def views(rows: int, dim: int = 6, dtype: torch.dtype = torch.float64, seed: int
     return [x.clone().requires_grad_() for x in drawn]
 
 
+WITH_STATISTICS = pytest.mark.parametrize(
+    "loss",
+    [loss for name, loss in OF_VIEWS.items() if name != "alpha_cl"],
+    ids=[x for x in OF_VIEWS if x != "alpha_cl"],
+)
+
+
 @EACH_OF_VIEWS
-@BACKENDS
-def test_one_pair_has_loss_and_gradient_zero(loss: Callable[..., Tensor], backend: str) -> None:
+def test_one_pair_has_loss_and_gradient_zero(loss: Callable[..., Tensor]) -> None:
     z = views(1, dtype=torch.float32)
     for reduction in ("none", "mean"):
-        value = loss(*z, 0.1, backend=backend, reduction=reduction)
+        value = loss(*z, 0.1, reduction=reduction)
         assert torch.equal(value, torch.zeros_like(value))
         for gradient in torch.autograd.grad(value.sum(), z):
             assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -56,7 +68,7 @@ def test_weights_multiply_the_losses_of_both_views(loss: Callable[..., Tensor]) 
     torch.testing.assert_close(loss(*z, 0.4, weight=weight), (rows * weight.repeat(2)).mean())
 
 
-@EACH_OF_VIEWS
+@WITH_STATISTICS
 @BACKENDS
 def test_statistics_are_those_of_nt_xent(loss: Callable[..., Tensor], backend: str) -> None:
     z = views(9, dtype=torch.float32)
@@ -117,3 +129,70 @@ def test_debiased_loss_as_its_authors_compute_it() -> None:
 def test_bad_options_are_named(call: Callable[[list[Tensor]], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(views(4))
+
+
+def test_importance_of_info_nce_has_the_gradient_of_info_nce() -> None:
+    z, tau = views(13), 0.3
+    energy = fastcl.alpha_cl_loss(*z, tau, importance="softmax")
+    expected = torch.autograd.grad(tau * fastcl.nt_xent(*z, tau), z)
+    for x, y in zip(torch.autograd.grad(energy, z), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_importance_with_a_power_of_two_has_the_gradient_of_the_decoupled_loss() -> None:
+    z, tau = views(13), 0.3
+    energy = fastcl.alpha_cl_loss(*z, tau, importance="power", power=2.0)
+    expected = torch.autograd.grad(tau * fastcl.dcl_loss(*z, tau), z)
+    for x, y in zip(torch.autograd.grad(energy, z), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("importance", ["softmax", "uniform", "power"])
+def test_energy_of_features_of_any_length(importance: str) -> None:
+    z = views(8)
+    options = {"importance": importance, "normalize": False}
+    got = fastcl.alpha_cl_loss(*z, 2.0, **options, reduction="none")
+    expected = alpha_cl_reference(*z, 2.0, **options)
+    torch.testing.assert_close(got, expected)
+    weights = torch.linspace(1, 2, 16, dtype=torch.float64)
+    gradients = [torch.autograd.grad((rows * weights).sum(), z) for rows in (got, expected)]
+    for x, y in zip(*gradients, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_query_alone_has_loss_and_gradient_zero() -> None:
+    x = views(1)
+    for directions in (("query_to_doc",), DIRECTIONS):
+        value = fastcl.multiple_negatives_ranking_loss(*x, 0.1, directions=directions)
+        torch.testing.assert_close(value, torch.zeros_like(value) + math.log(1 + ("doc_to_query" in directions)))
+        for gradient in torch.autograd.grad(value, x):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"directions": ("doc_to_doc",)}, "directions must hold 'query_to_doc'"),
+        ({"directions": ("query_to_doc", "both")}, "directions must be one of .* got 'both'"),
+        (
+            {"directions": DIRECTIONS, "partition_mode": "per_direction"},
+            "partition_mode must be 'joint' with doc_to",
+        ),
+        ({"hardness_mode": "all_negatives"}, "hardness_strength must be positive with a hardness_mode"),
+        ({"hardness_strength": 1.0}, "hardness_strength must be positive with a hardness_mode, and 0 without"),
+        ({"negatives": [torch.zeros(3, 6, dtype=torch.float64)]}, r"query and negatives\[0\] must have the same shape"),
+    ],
+)
+def test_options_of_the_ranking_loss_that_do_not_fit(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastcl.multiple_negatives_ranking_loss(*views(4), 0.1, **options)
+
+
+def test_passes_of_every_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both directions 4, queries 2, documents 2, and each matrix of hard negatives 4 twice."""
+    monkeypatch.setattr(tiled, "_TILE_ON_CPU", 8)
+    calls = record_calls(monkeypatch)
+    x = [torch.randn(128, DIM, requires_grad=True) for _ in range(4)]
+    options = {"negatives": x[2:], "directions": DIRECTIONS, "backend": "tiled"}
+    fastcl.multiple_negatives_ranking_loss(x[0], x[1], 0.1, **options).backward()
+    assert sum(passes_of(calls)) == pytest.approx(4 + 2 * (2 + 1 / 16) + 2 * (4 + 4))
