@@ -6,12 +6,17 @@
 torch.Size([])
 """
 
-from fastcl import memory, nn
+from fastcl import memory, nn, similarity
 from fastcl.engine import list_backends
 from fastcl.gradcache import GradCache, cached
+from fastcl.losses.alpha_cl import alpha_cl_loss
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
+from fastcl.losses.dcl import dcl_loss
+from fastcl.losses.debiased import debiased_loss, hard_negative_loss
+from fastcl.losses.distillation import clip_distillation_loss
 from fastcl.losses.info_nce import info_nce
+from fastcl.losses.multiple_negatives import multiple_negatives_ranking_loss
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.siglip import siglip_loss
 from fastcl.losses.sup_con import sup_con_loss
@@ -36,18 +41,25 @@ __all__ = [
     "Reduce",
     "Tags",
     "Term",
+    "alpha_cl_loss",
     "barlow_twins_loss",
     "cached",
+    "clip_distillation_loss",
     "clip_loss",
     "cosine_similarity_loss",
+    "dcl_loss",
+    "debiased_loss",
+    "hard_negative_loss",
     "info_nce",
     "list_backends",
     "memory",
+    "multiple_negatives_ranking_loss",
     "negative_cosine_similarity",
     "nn",
     "nt_xent",
     "pairwise",
     "siglip_loss",
+    "similarity",
     "sinkhorn",
     "softmax_classification_loss",
     "sup_con_loss",

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_scalar
+from fastcl.losses.alpha_cl import alpha_cl_loss
 from fastcl.losses.clip import clip_loss
+from fastcl.losses.dcl import dcl_loss
+from fastcl.losses.debiased import debiased_loss, hard_negative_loss
+from fastcl.losses.distillation import clip_distillation_loss
 from fastcl.losses.info_nce import PairOfTags, info_nce
+from fastcl.losses.multiple_negatives import multiple_negatives_ranking_loss
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.sup_con import sup_con_loss
 from fastcl.losses.without_pairs import (
@@ -155,6 +160,56 @@ class SupConLoss(_TemperatureLoss):
         return sup_con_loss(z, labels, self.temperature, ids=ids, weight=weight, **self.options)
 
 
+class DCLLoss(_TemperatureLoss):
+    """:func:`fastcl.dcl_loss` as a module: ``DCLLoss(0.1)(z1, z2)``.
+
+    ``learnable`` and ``max_scale`` are as in :class:`NTXentLoss`.
+    """
+
+    def __init__(self, temperature: float = 0.1, **options: object) -> None:
+        super().__init__(temperature, **options)
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return dcl_loss(z1, z2, self.temperature, **self.options)
+
+
+class DCLWLoss(_TemperatureLoss):
+    """:func:`fastcl.dcl_loss` with weights of the positives as a module: ``DCLWLoss(0.1, sigma=0.5)(z1, z2)``."""
+
+    def __init__(self, temperature: float = 0.1, sigma: float = 0.5, **options: object) -> None:
+        super().__init__(temperature, **options)
+        check_scalar("sigma", sigma, positive=True)
+        self.sigma = sigma
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return dcl_loss(z1, z2, self.temperature, sigma=self.sigma, **self.options)
+
+
+class DebiasedLoss(_TemperatureLoss):
+    """:func:`fastcl.debiased_loss` as a module: ``DebiasedLoss(0.5, tau_plus=0.1)(z1, z2)``.
+
+    ``learnable`` and ``max_scale`` are as in :class:`NTXentLoss`.
+    """
+
+    def __init__(self, temperature: float = 0.5, tau_plus: float = 0.1, **options: object) -> None:
+        super().__init__(temperature, **options)
+        self.tau_plus = tau_plus
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return debiased_loss(z1, z2, self.temperature, self.tau_plus, **self.options)
+
+
+class HardNegativeLoss(_TemperatureLoss):
+    """:func:`fastcl.hard_negative_loss` as a module: ``HardNegativeLoss(0.5, tau_plus=0.1, beta=1.0)(z1, z2)``."""
+
+    def __init__(self, temperature: float = 0.5, tau_plus: float = 0.1, beta: float = 1.0, **options: object) -> None:
+        super().__init__(temperature, **options)
+        self.tau_plus, self.beta = tau_plus, beta
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return hard_negative_loss(z1, z2, self.temperature, self.tau_plus, self.beta, **self.options)
+
+
 class ClipLoss(nn.Module):
     """:func:`fastcl.clip_loss` as a module, called as open_clip calls its own.
 
@@ -209,6 +264,106 @@ class ClipLoss(nn.Module):
             raise ValueError("logit_scale must be given, or learned by ClipLoss(temperature=...); got None")
         loss = clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class AlphaCLLoss(nn.Module):
+    """:func:`fastcl.alpha_cl_loss` as a module: ``AlphaCLLoss(0.5, importance="power", power=4.0)(z1, z2)``."""
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        importance: str = "softmax",
+        power: float = 4.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.options = {
+            "tau": temperature,
+            "importance": importance,
+            "power": power,
+            "normalize": normalize,
+            "reduction": reduction,
+            "group": group,
+        }
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return alpha_cl_loss(z1, z2, **self.options)
+
+
+class DistillClipLoss(nn.Module):
+    """:func:`fastcl.clip_loss` and :func:`fastcl.clip_distillation_loss` as a module, called as open_clip's own.
+
+    The result is the tuple ``(contrastive_loss, distill_loss)``, or with ``output_dict`` a dictionary of both.
+
+    >>> import torch, fastcl
+    >>> x = torch.eye(3, 8)
+    >>> [round(loss.item(), 4) for loss in fastcl.nn.DistillClipLoss()(x, x, 1.0, x, x, 50.0)]
+    [0.5514, 0.5514]
+    """
+
+    def __init__(self, *, normalize: bool = False, reduction: str = "mean", group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.options = {"normalize": normalize, "reduction": reduction, "group": group}
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: float | Tensor,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        student, teacher = (image_features, text_features, logit_scale), (dist_image_features, dist_text_features)
+        contrastive = clip_loss(*student, **self.options)
+        distilled = clip_distillation_loss(*student, *teacher, dist_logit_scale, **self.options)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "distill_loss": distilled}
+        return contrastive, distilled
+
+
+class MultipleNegativesRankingLoss(nn.Module):
+    """:func:`fastcl.multiple_negatives_ranking_loss` as a module, with sentence-transformers' arguments.
+
+    The embeddings come in place of a model and its texts: ``criterion(query, document, negatives=(first, second))``.
+    ``group`` stands for its ``gather_across_devices``, ``normalize`` for its ``similarity_fct``.
+    """
+
+    def __init__(
+        self,
+        scale: float = 20.0,
+        directions: Sequence[str] = ("query_to_doc",),
+        partition_mode: str = "joint",
+        hardness_mode: str | None = None,
+        hardness_strength: float = 0.0,
+        *,
+        normalize: bool = True,
+        reduction: str = "mean",
+        backend: str | None = None,
+        group: ProcessGroup | None = None,
+        exchange: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_scalar("scale", scale, positive=True)
+        self.options = {
+            "tau": 1.0 / scale,
+            "directions": directions,
+            "partition_mode": partition_mode,
+            "hardness_mode": hardness_mode,
+            "hardness_strength": hardness_strength,
+            "normalize": normalize,
+            "reduction": reduction,
+            "backend": backend,
+            "group": group,
+            "exchange": exchange,
+        }
+
+    def forward(self, query: Tensor, document: Tensor, negatives: Sequence[Tensor] = ()) -> Tensor:
+        return multiple_negatives_ranking_loss(query, document, negatives=negatives, **self.options)
 
 
 class NegativeCosineSimilarity(nn.Module):

@@ -16,8 +16,13 @@ from torch import Tensor
 
 import fastcl
 from fastcl.engine import BACKENDS
+from fastcl.losses.alpha_cl import reference as alpha_cl_reference
 from fastcl.losses.clip import reference as clip_reference
+from fastcl.losses.dcl import reference as dcl_reference
+from fastcl.losses.debiased import reference as debiased_reference
+from fastcl.losses.distillation import reference as distillation_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
+from fastcl.losses.multiple_negatives import reference as ranking_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.siglip import reference as siglip_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
@@ -43,6 +48,11 @@ class Loss:
 
     one_operator: bool
     """whether the mean is computed with its gradients, in an operator that torch.func understands"""
+    detached: bool
+    """whether the loss holds a part of itself constant, so that its gradient is not that of its value"""
+
+    sweeps: int
+    """how often S is looked at for the value of the rows"""
 
     @property
     def variant(self) -> bool:
@@ -52,7 +62,7 @@ class Loss:
     @property
     def symmetric(self) -> bool:
         """Whether the loss looks at half of S."""
-        return self.passes_of_rows[0] == 0.5
+        return self.passes_of_rows[0] == 0.5 * self.sweeps
 
 
 def _shuffled(n: int, m: int, device: torch.device) -> Tensor:
@@ -75,6 +85,8 @@ def _row(
     passes: tuple[float, tuple[float, float], float],
     given: Callable[[list[Tensor]], dict[str, object]] = lambda features: {},
     one_operator: bool = True,
+    detached: bool = False,
+    sweeps: int = 1,
 ) -> Loss:
     """A loss whose options ``given`` makes of the features, for call and reference alike."""
     return Loss(
@@ -84,6 +96,8 @@ def _row(
         features,
         *passes,
         one_operator,
+        detached,
+        sweeps,
     )
 
 
@@ -95,8 +109,35 @@ def _siglip(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, y, tau, **options: call(x, y, 1 / tau, -10.0, normalize=True, **options)
 
 
+def _mild(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """At higher temperatures, where corrected negatives are not all at their bound."""
+    return lambda z1, z2, tau, **options: call(z1, z2, torch.as_tensor(tau).double() + 0.3, **options)
+
+
 def _negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda query, key, negatives, tau, **options: call(query, key, tau, negatives=negatives, **options)
+
+
+def _distillation(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With a teacher that depends on nothing but the shape."""
+
+    def with_teacher(x: Tensor, y: Tensor, tau: Tensor, **options: object) -> Tensor:
+        angles = torch.arange(x.numel(), device=x.device, dtype=torch.float64).reshape(x.shape)
+        teacher = ((0.7 * angles).sin().to(x.dtype), (0.7 * angles + 0.9 * angles.cos()).sin().to(x.dtype))
+        return call(x, y, 1 / tau, *teacher, 4.0, normalize=True, **options)
+
+    return with_teacher
+
+
+def _over_tau(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The energy of a constant temperature, divided by the one that is differentiated."""
+    return lambda z1, z2, tau, **options: call(z1, z2, 0.5, **options) / tau
+
+
+def _two_hard_negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda query, document, first, second, tau, **options: call(
+        query, document, tau, negatives=(first, second), **options
+    )
 
 
 def _own_negatives(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -128,6 +169,9 @@ _ROWS, _ROWS_IN_TWO = (3, (1.0, 3.0), 2), (4, (1.0, 3.0), 3)
 """the passes of rows only: in one sweep, or two"""
 _BOTH = 4, (1.0, 3.0), 3
 """the passes of rows and columns"""
+_UNEVEN = 0, (0, 0), 0
+"""the passes of a loss that makes several plans, which are counted in a test of its own"""
+_EVERY_DIRECTION = {"directions": ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")}
 _ids, _labels = _pair_of_tags(4), _pair_of_tags(6)
 
 LOSSES = (
@@ -221,6 +265,105 @@ LOSSES = (
         _BOTH,
         lambda x: {"label_smoothing": 0.2},
         one_operator=False,
+    ),
+    _row("dcl", fastcl.dcl_loss, dcl_reference, _VIEWS, _HALF, one_operator=False),
+    _row(
+        "dcl_ids",
+        fastcl.dcl_loss,
+        dcl_reference,
+        _VIEWS,
+        _HALF,
+        lambda x: {"ids": tag(len(x[0]), 4, x[0])},
+        one_operator=False,
+    ),
+    _row(
+        "dclw",
+        fastcl.dcl_loss,
+        dcl_reference,
+        _VIEWS,
+        _HALF,
+        lambda x: {"sigma": 0.5},
+        one_operator=False,
+        detached=True,
+    ),
+    _row(
+        "debiased",
+        _mild(fastcl.debiased_loss),
+        _mild(debiased_reference),
+        _VIEWS,
+        _HALF,
+        lambda x: {"tau_plus": 0.1},
+        one_operator=False,
+    ),
+    _row(
+        "hard_negative",
+        _mild(fastcl.hard_negative_loss),
+        _mild(debiased_reference),
+        _VIEWS,
+        (4, (1.0, 3.0), 4),
+        lambda x: {"tau_plus": 0.1, "beta": 0.8},
+        one_operator=False,
+        sweeps=2,
+    ),
+    _row(
+        "hard_negative_ids",
+        _mild(fastcl.hard_negative_loss),
+        _mild(debiased_reference),
+        _VIEWS,
+        (4, (1.0, 3.0), 4),
+        lambda x: {"tau_plus": 0.05, "beta": 0.5, "ids": tag(len(x[0]), 4, x[0])},
+        one_operator=False,
+        sweeps=2,
+    ),
+    _row("ranking", fastcl.multiple_negatives_ranking_loss, ranking_reference, _QUERIES, _ROWS),
+    _row(
+        "ranking_both_directions",
+        fastcl.multiple_negatives_ranking_loss,
+        ranking_reference,
+        _QUERIES,
+        _BOTH,
+        lambda x: {"directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"},
+    ),
+    _row(
+        "ranking_every_direction",
+        _two_hard_negatives(fastcl.multiple_negatives_ranking_loss),
+        _two_hard_negatives(ranking_reference),
+        ("query", "document", "first negative", "second negative"),
+        _UNEVEN,
+        lambda x: _EVERY_DIRECTION,
+        one_operator=False,
+    ),
+    _row(
+        "ranking_penalized",
+        _two_hard_negatives(fastcl.multiple_negatives_ranking_loss),
+        _two_hard_negatives(ranking_reference),
+        ("query", "document", "first negative", "second negative"),
+        _UNEVEN,
+        lambda x: _EVERY_DIRECTION | {"hardness_mode": "all_negatives", "hardness_strength": 5.0},
+        one_operator=False,
+        detached=True,
+    ),
+    _row(
+        "clip_distillation",
+        _distillation(fastcl.clip_distillation_loss),
+        _distillation(distillation_reference),
+        _CLIP,
+        (8, (4.0, 8.0), 6),
+        one_operator=False,
+        sweeps=2,
+    ),
+    *(
+        _row(
+            f"alpha_cl_{rule}",
+            _over_tau(fastcl.alpha_cl_loss),
+            _over_tau(alpha_cl_reference),
+            _VIEWS,
+            (3, (1.0, 3.0), 3),
+            lambda x, rule=rule: {"importance": rule},
+            one_operator=False,
+            detached=rule != "uniform",
+        )
+        for rule in ("softmax", "uniform", "power")
     ),
     _row("siglip", _siglip(fastcl.siglip_loss), _siglip(siglip_reference), _CLIP, _ROWS, one_operator=False),
     _row(

@@ -20,8 +20,14 @@ import fastcl
 from fastcl import Axis, Mask, Reduce, Term, distributed, engine
 from fastcl.backends import tiled
 from fastcl.exchange import Ranks
+from fastcl.losses.alpha_cl import reference as alpha_cl_reference
 from fastcl.losses.clip import reference as clip_reference
+from fastcl.losses.dcl import reference as dcl_reference
+from fastcl.losses.debiased import reference as debiased_reference
+from fastcl.losses.distillation import reference as distillation_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
+from fastcl.losses.multiple_negatives import DIRECTIONS
+from fastcl.losses.multiple_negatives import reference as ranking_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.siglip import reference as siglip_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
@@ -101,6 +107,19 @@ def _views(**tags: int) -> Loss:
     )
 
 
+def _of_views(call: Callable[..., Tensor], reference: Callable[..., Tensor], **given: object) -> Loss:
+    """A loss of two views and a temperature with options, where ids are of so many kinds."""
+
+    def of(rows: int, first: int) -> dict[str, object]:
+        return {name: _tag(rows, first, kinds) if name == "ids" else kinds for name, kinds in given.items()}
+
+    return Loss(
+        lambda x, scale, bias, first, keys, **options: call(*x, 1 / scale, **of(len(x[0]), first), **options),
+        lambda x, scale, bias: reference(*x, 1 / scale, **of(len(x[0]), 0)),
+        lambda pairs: (pairs, pairs),
+    )
+
+
 def _clip(**given: object) -> Loss:
     """CLIP with options, where labels and ids are of so many kinds."""
 
@@ -147,7 +166,41 @@ LOSSES |= {
         ),
         lambda pairs: (pairs, pairs),
     ),
+    "dcl": _of_views(fastcl.dcl_loss, dcl_reference, ids=3),
+    "dclw": _of_views(fastcl.dcl_loss, dcl_reference, sigma=0.7),
+    "debiased": _of_views(fastcl.debiased_loss, debiased_reference, tau_plus=0.05),
+    "hard_negative": _of_views(fastcl.hard_negative_loss, debiased_reference, tau_plus=0.02, beta=0.6, ids=3),
 }
+
+
+def _teacher(pairs: int, first: int) -> tuple[Tensor, Tensor, float]:
+    angles = 0.7 * (torch.arange(2 * pairs * DIM, dtype=torch.float64) + 2 * first * DIM).reshape(pairs, 2, DIM)
+    return *angles.sin().unbind(dim=1), 3.0
+
+
+LOSSES["clip_distillation"] = Loss(
+    lambda x, scale, bias, first, keys, exchange, **options: fastcl.clip_distillation_loss(
+        *x, scale, *_teacher(len(x[0]), first), normalize=True, **options
+    ),
+    lambda x, scale, bias: distillation_reference(*x, scale, *_teacher(len(x[0]), 0), normalize=True),
+    lambda pairs: (pairs, pairs),
+)
+LOSSES["alpha_cl"] = Loss(
+    lambda x, scale, bias, first, keys, exchange, **options: (
+        scale * fastcl.alpha_cl_loss(*x, 0.7, importance="power", ids=_tag(len(x[0]), first, 3), **options)
+    ),
+    lambda x, scale, bias: scale * alpha_cl_reference(*x, 0.7, importance="power", ids=_tag(len(x[0]), 0, 3)),
+    lambda pairs: (pairs, pairs),
+)
+LOSSES["ranking"] = Loss(
+    lambda x, scale, bias, first, keys, **options: fastcl.multiple_negatives_ranking_loss(
+        x[0], x[1], 1 / scale, negatives=x[2:], directions=DIRECTIONS, ids=_tag(len(x[0]), first, 3), **options
+    ),
+    lambda x, scale, bias: ranking_reference(
+        x[0], x[1], 1 / scale, negatives=x[2:], directions=DIRECTIONS, ids=_tag(len(x[0]), 0, 3)
+    ),
+    lambda pairs: (pairs, pairs, pairs),
+)
 
 
 def shards_of(size: int) -> list[list[int]]:

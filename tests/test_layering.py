@@ -18,7 +18,7 @@ LAYERS = (
     ("pairwise",),
     ("cross_entropy",),
     ("panels",),
-    ("losses",),
+    ("losses", "similarity"),
     ("replay",),
     ("nn", "gradcache", "memory"),
     ("doctor",),

@@ -144,6 +144,11 @@ class LossStats(NamedTuple):
     """1 / temperature"""
 
 
+def other_view(batch: int, device: torch.device) -> Tensor:
+    """For each row of [z1; z2] the row of the other view of its example, int64 [2 * batch]."""
+    return torch.arange(batch, 3 * batch, device=device) % max(1, 2 * batch)
+
+
 def normalize_rows(x: Tensor) -> Tensor:
     """Rows of unit length, in the dtype of ``x``.
 
@@ -176,6 +181,12 @@ def check_tags(rows: Tensor, **tags: Tensor | None) -> None:
     for name, tag in tags.items():
         if tag is not None:
             check_row_vector(name, tag, rows, integer=True)
+
+
+def count_equal(run: Run, own: Tensor, others: Tensor, width: int = 0) -> Tensor:
+    """How many of the others' labels, on all ranks, differ from each own one by no more than ``width``."""
+    own, ordered = own.to(torch.int64), run.gather(others.to(torch.int64)).sort().values
+    return torch.searchsorted(ordered, own + width, right=True) - torch.searchsorted(ordered, own - width)
 
 
 def check_weight(weight: Tensor | None, rows: Tensor) -> None:

@@ -13,7 +13,16 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from fastcl.checks import check_choice, check_matrix, check_scalar
-from fastcl.losses.common import LossStats, Run, check_tags, check_weight, inverse, normalize_rows, summarize
+from fastcl.losses.common import (
+    LossStats,
+    Run,
+    check_tags,
+    check_weight,
+    count_equal,
+    inverse,
+    normalize_rows,
+    summarize,
+)
 from fastcl.terms import NO_TAGS, Axis, Mask, Reduce, Tags, Term
 
 FORMS = ("out", "in")
@@ -200,9 +209,7 @@ def _positives(run: Run, pairs: Labelled, axis: Axis) -> Tensor:
     own, others = pairs.tags.labels, pairs.tags.labels if symmetric else pairs.key_tags.labels
     if axis is Axis.COLUMN:
         own, others = others, own
-    own, ordered = own.to(torch.int64), run.gather(others.to(torch.int64)).sort().values
-    first = torch.searchsorted(ordered, own - pairs.label_width)
-    return torch.searchsorted(ordered, own + pairs.label_width, right=True) - first - int(symmetric)
+    return count_equal(run, own, others, pairs.label_width) - int(symmetric)
 
 
 def reference(
