@@ -9,11 +9,13 @@ torch.Size([])
 from fastcl import memory, nn
 from fastcl.engine import list_backends
 from fastcl.gradcache import GradCache, cached
+from fastcl.losses.binary_nce import binary_nce_loss
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.siglip import siglip_loss
+from fastcl.losses.spectral import spectral_contrastive_loss
 from fastcl.losses.sup_con import sup_con_loss
 from fastcl.losses.without_pairs import (
     barlow_twins_loss,
@@ -37,6 +39,7 @@ __all__ = [
     "Tags",
     "Term",
     "barlow_twins_loss",
+    "binary_nce_loss",
     "cached",
     "clip_loss",
     "cosine_similarity_loss",
@@ -50,6 +53,7 @@ __all__ = [
     "siglip_loss",
     "sinkhorn",
     "softmax_classification_loss",
+    "spectral_contrastive_loss",
     "sup_con_loss",
     "swav_loss",
 ]

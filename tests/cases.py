@@ -16,10 +16,12 @@ from torch import Tensor
 
 import fastcl
 from fastcl.engine import BACKENDS
+from fastcl.losses.binary_nce import reference as binary_nce_reference
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.siglip import reference as siglip_reference
+from fastcl.losses.spectral import reference as spectral_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
 
 
@@ -109,6 +111,18 @@ def _tau_per_query(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
         torch.as_tensor(tau).double() * torch.linspace(1, 2, len(query), device=query.device).double(),
         **options,
     )
+
+
+def _without_tau(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss that has no temperature: its values are divided by one. Other backends than "tiled" don't come in."""
+
+    def divided(*arguments: object, backend: str | None = None, **options: object) -> Tensor:
+        if backend not in (None, "tiled"):
+            raise ValueError("backend must be None: the loss is plain PyTorch")
+        *features, tau = arguments
+        return call(*features, **options) / tau
+
+    return divided
 
 
 def _pair_of_tags(kinds: int) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]]:
@@ -226,6 +240,32 @@ LOSSES = (
         _ROWS,
         lambda x: {"labels": tag(len(x[0]), 7, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
         one_operator=False,
+    ),
+    _row("binary_nce", fastcl.binary_nce_loss, binary_nce_reference, _VIEWS, _ROWS, one_operator=False),
+    _row(
+        "binary_nce_ratio",
+        fastcl.binary_nce_loss,
+        binary_nce_reference,
+        _VIEWS,
+        _ROWS,
+        lambda x: {
+            "noise_ratio": 3.0,
+            "log_noise": torch.linspace(-2, 0, len(x[0]), device=x[0].device).double(),
+            "ids": tag(len(x[0]), 5, x[0]),
+        },
+        one_operator=False,
+    ),
+    *(
+        _row(
+            name,
+            _without_tau(fastcl.spectral_contrastive_loss),
+            _without_tau(spectral_reference),
+            _VIEWS,
+            (0, (0, 0), 0),
+            lambda x, options=options: options,
+            one_operator=False,
+        )
+        for name, options in (("spectral", {"normalize": True}), ("spectral_mu", {"mu": 3.0}))
     ),
     *(
         _row(
