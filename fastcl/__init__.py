@@ -12,11 +12,14 @@ from fastcl.gradcache import GradCache, cached
 from fastcl.losses.binary_nce import binary_nce_loss
 from fastcl.losses.clip import clip_loss
 from fastcl.losses.common import LossStats
+from fastcl.losses.contrastive import contrastive_loss
 from fastcl.losses.info_nce import info_nce
+from fastcl.losses.lifted_structure import lifted_structure_loss
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.siglip import siglip_loss
 from fastcl.losses.spectral import spectral_contrastive_loss
 from fastcl.losses.sup_con import sup_con_loss
+from fastcl.losses.triplet import triplet_loss
 from fastcl.losses.without_pairs import (
     barlow_twins_loss,
     cosine_similarity_loss,
@@ -42,8 +45,10 @@ __all__ = [
     "binary_nce_loss",
     "cached",
     "clip_loss",
+    "contrastive_loss",
     "cosine_similarity_loss",
     "info_nce",
+    "lifted_structure_loss",
     "list_backends",
     "memory",
     "negative_cosine_similarity",
@@ -56,4 +61,5 @@ __all__ = [
     "spectral_contrastive_loss",
     "sup_con_loss",
     "swav_loss",
+    "triplet_loss",
 ]

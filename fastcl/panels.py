@@ -250,7 +250,8 @@ def resolve(path: str) -> PanelFunction:
 def _values(problem: _Problem) -> Tensor:
     """What the function makes of all rows, [outputs, N]."""
     function = resolve(problem.function)
-    return torch.cat([torch.stack(function(panel)[0]) for _, panel in problem.panels()], dim=1)
+    none = problem.scale.new_empty(function.outputs, 0)
+    return torch.cat([none, *(torch.stack(function(panel)[0]) for _, panel in problem.panels())], dim=1)
 
 
 def _sweep(
@@ -301,7 +302,7 @@ def _sweep(
             if needs_b and not needs_a:
                 inner += (of_panel * columns).sum()
             product_b += of_panel
-    sums = torch.stack(totals).sum(dim=0) if totals else inner.new_empty(0)
+    sums = torch.stack(totals).sum(dim=0) if totals else inner.new_zeros(function.outputs)
     return sums, [
         product_a.mul_(problem.scale) if needs_a else None,
         product_b.mul_(problem.scale) if needs_b else None,
