@@ -30,6 +30,7 @@ from fastcl.losses.without_pairs import (
 )
 from fastcl.pairwise import pairwise
 from fastcl.terms import Axis, Mask, Reduce, Tags, Term
+from fastcl.top_k import TopK, top_k
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ __all__ = [
     "Reduce",
     "Tags",
     "Term",
+    "TopK",
     "barlow_twins_loss",
     "binary_nce_loss",
     "cached",
@@ -61,5 +63,6 @@ __all__ = [
     "spectral_contrastive_loss",
     "sup_con_loss",
     "swav_loss",
+    "top_k",
     "triplet_loss",
 ]

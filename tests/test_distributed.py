@@ -126,9 +126,7 @@ def _labelled(call: Callable[..., Tensor], reference: Callable[..., Tensor], **g
     def shard(x, scale, bias, first, keys, *, exchange, **options):
         return call(x[0], _tag(len(x[0]), first, 4), **given, **options)
 
-    return Loss(
-        shard, lambda x, scale, bias: reference(x[0], _tag(len(x[0]), 0, 4), **given), lambda pairs: (2 * pairs,)
-    )
+    return Loss(shard, lambda x, scale, bias: reference(x[0], _tag(len(x[0]), 0, 4), **given), lambda pairs: (pairs,))
 
 
 def _nce(**given: object) -> Loss:

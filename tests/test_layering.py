@@ -19,7 +19,7 @@ LAYERS = (
     ("cross_entropy",),
     ("panels",),
     ("losses",),
-    ("replay",),
+    ("replay", "top_k"),
     ("nn", "gradcache", "memory"),
     ("doctor",),
     ("__init__", "__main__"),

@@ -70,7 +70,9 @@ def spectral_contrastive_loss(
     dtype = accumulation_dtype(z1.dtype)
     with torch.autocast(z1.device.type, enabled=False):
         a, b = (x.to(dtype) if mu is None else _bounded(x.to(dtype), mu) for x in (z1, z2))
-        gram = run.over_ranks(b.mT @ b, "sum")
+        gram = b.mT @ b
+        if group is not None:
+            gram = torch.ops.fastcl.add_over_ranks(gram, group.group_name)
         positive = row_similarity(a, b)
         squares = row_similarity(a @ gram, a) - positive.square()
     others = (run.over_ranks(positive.new_full((), a.shape[0]), "sum") - 1).clamp_min(1)
