@@ -6,7 +6,7 @@
 torch.Size([])
 """
 
-from fastcl import memory, nn
+from fastcl import diagnostics, memory, nn
 from fastcl.engine import list_backends
 from fastcl.gradcache import GradCache, cached
 from fastcl.losses.binary_nce import binary_nce_loss
@@ -49,6 +49,7 @@ __all__ = [
     "clip_loss",
     "contrastive_loss",
     "cosine_similarity_loss",
+    "diagnostics",
     "info_nce",
     "lifted_structure_loss",
     "list_backends",

@@ -20,7 +20,7 @@ LAYERS = (
     ("panels",),
     ("losses",),
     ("replay", "top_k"),
-    ("nn", "gradcache", "memory"),
+    ("nn", "gradcache", "memory", "diagnostics"),
     ("doctor",),
     ("__init__", "__main__"),
 )
