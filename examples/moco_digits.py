@@ -109,7 +109,7 @@ def mix(query: Tensor, negatives: Tensor) -> Tensor:
 
     Pairs of its hardest negatives at random proportions, and hardest negatives with up to half of the query.
     """
-    hardest = negatives[(query @ negatives.T).topk(HARDEST, dim=1).indices]
+    hardest = negatives[fastcl.top_k(query, negatives, HARDEST).indices]
 
     def draw(count: int) -> Tensor:
         chosen = torch.randint(HARDEST, (len(query), count))

@@ -397,6 +397,30 @@ def _reduce_backward(ctx, grad: Tensor):
 reduce_over_ranks.register_autograd(_reduce_backward, setup_context=_keep_group)
 
 
+@torch.library.custom_op("fastcl::add_over_ranks", mutates_args=())
+def add_over_ranks(x: Tensor, group: str) -> Tensor:
+    """The sum over ranks, the same bits on each, of which every rank may make something of its own.
+
+    The gradient is the sum of what all ranks' objectives make of it: another exchange, which "sum" of
+    :func:`reduce_over_ranks` does without because there all ranks' objectives are one.
+    """
+    return Ranks.of(group).all_reduce(x, "sum")
+
+
+@add_over_ranks.register_fake
+def _(x, group):
+    return torch.empty_like(x)
+
+
+def _keep_only_group(ctx, inputs, output) -> None:
+    _, ctx.group = inputs
+
+
+add_over_ranks.register_autograd(
+    lambda ctx, grad: (torch.ops.fastcl.add_over_ranks(grad, ctx.group), None), setup_context=_keep_only_group
+)
+
+
 @torch.library.custom_op("fastcl::gather_over_ranks", mutates_args=())
 def gather_over_ranks(x: Tensor, group: str, call: str) -> tuple[Tensor, Tensor]:
     """The rows of all ranks, one rank's after the other's, and how many each has, int64 [ranks].

@@ -16,13 +16,17 @@ from torch.distributed import ProcessGroup
 from fastcl.checks import check_scalar
 from fastcl.losses.alpha_cl import alpha_cl_loss
 from fastcl.losses.clip import clip_loss
+from fastcl.losses.contrastive import contrastive_loss
 from fastcl.losses.dcl import dcl_loss
 from fastcl.losses.debiased import debiased_loss, hard_negative_loss
 from fastcl.losses.distillation import clip_distillation_loss
 from fastcl.losses.info_nce import PairOfTags, info_nce
+from fastcl.losses.lifted_structure import lifted_structure_loss
 from fastcl.losses.multiple_negatives import multiple_negatives_ranking_loss
 from fastcl.losses.nt_xent import nt_xent
+from fastcl.losses.siglip import siglip_loss
 from fastcl.losses.sup_con import sup_con_loss
+from fastcl.losses.triplet import triplet_loss
 from fastcl.losses.without_pairs import (
     barlow_twins_loss,
     cosine_similarity_loss,
@@ -264,6 +268,107 @@ class ClipLoss(nn.Module):
             raise ValueError("logit_scale must be given, or learned by ClipLoss(temperature=...); got None")
         loss = clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    """:func:`fastcl.siglip_loss` as a module, called as open_clip calls its own.
+
+    ``forward(image_features, text_features, logit_scale, logit_bias, output_dict=False)``; with ``output_dict`` the
+    result is ``{"contrastive_loss": loss}``. Given a ``temperature``, the module owns and trains ``logit_scale`` (the
+    logarithm) and ``logit_bias``, and needs neither in the call; SigLIP starts from 0.1 and -10.
+
+    >>> import torch, fastcl
+    >>> x = torch.eye(2, 8)
+    >>> round(fastcl.nn.SigLipLoss()(x, x, 1.0, 0.0, output_dict=True)["contrastive_loss"].item(), 4)
+    1.0064
+    """
+
+    def __init__(
+        self,
+        temperature: float | None = None,
+        logit_bias: float = -10.0,
+        *,
+        max_scale: float = 100.0,
+        normalize: bool = False,
+        reduction: str = "mean",
+        backend: str | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        check_scalar("max_scale", max_scale, positive=True)
+        self.max_scale = max_scale
+        self.logit_scale = self.logit_bias = None
+        if temperature is not None:
+            check_scalar("temperature", temperature, positive=True)
+            self.logit_scale, self.logit_bias = _log_scale(temperature), nn.Parameter(torch.tensor(float(logit_bias)))
+        self.options = {"normalize": normalize, "reduction": reduction, "backend": backend, "group": group}
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor | None = None,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        if self.logit_scale is not None:
+            if logit_scale is not None or logit_bias is not None:
+                raise ValueError(
+                    f"logit_scale and logit_bias must be None where SigLipLoss learns its own, got {logit_scale!r} and "
+                    f"{logit_bias!r}"
+                )
+            logit_scale, logit_bias = _bounded_scale(self.logit_scale, self.max_scale), self.logit_bias
+        elif logit_scale is None or logit_bias is None:
+            raise ValueError(
+                f"logit_scale and logit_bias must be given, or learned by SigLipLoss(temperature=...); got "
+                f"{logit_scale!r} and {logit_bias!r}"
+            )
+        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class ContrastiveLoss(nn.Module):
+    """:func:`fastcl.contrastive_loss` as a module: ``ContrastiveLoss(pos_margin=0, neg_margin=1)(embeddings, labels)``.
+
+    ``options`` are those of the function, such as ``distance`` and ``normalize``.
+    """
+
+    def __init__(self, pos_margin: float = 0.0, neg_margin: float = 1.0, **options: object) -> None:
+        super().__init__()
+        self.options = {"pos_margin": pos_margin, "neg_margin": neg_margin, **options}
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return contrastive_loss(embeddings, labels, **self.options)
+
+
+class TripletMarginLoss(nn.Module):
+    """:func:`fastcl.triplet_loss` as a module: ``TripletMarginLoss(margin=0.05)(embeddings, labels)``.
+
+    ``mining`` stands for the miner, and the other ``options`` are those of the function.
+    """
+
+    def __init__(
+        self, margin: float = 0.05, smooth_loss: bool = False, *, mining: str = "all", **options: object
+    ) -> None:
+        super().__init__()
+        self.options = {"margin": margin, "smooth_loss": smooth_loss, "mining": mining, **options}
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return triplet_loss(embeddings, labels, **self.options)
+
+
+class LiftedStructureLoss(nn.Module):
+    """:func:`fastcl.lifted_structure_loss` as a module: ``LiftedStructureLoss(neg_margin=1, pos_margin=0)``.
+
+    ``options`` are those of the function, such as ``distance`` and ``normalize``.
+    """
+
+    def __init__(self, neg_margin: float = 1.0, pos_margin: float = 0.0, **options: object) -> None:
+        super().__init__()
+        self.options = {"neg_margin": neg_margin, "pos_margin": pos_margin, **options}
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return lifted_structure_loss(embeddings, labels, **self.options)
 
 
 class AlphaCLLoss(nn.Module):

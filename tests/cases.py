@@ -17,15 +17,20 @@ from torch import Tensor
 import fastcl
 from fastcl.engine import BACKENDS
 from fastcl.losses.alpha_cl import reference as alpha_cl_reference
+from fastcl.losses.binary_nce import reference as binary_nce_reference
 from fastcl.losses.clip import reference as clip_reference
+from fastcl.losses.contrastive import reference as contrastive_reference
 from fastcl.losses.dcl import reference as dcl_reference
 from fastcl.losses.debiased import reference as debiased_reference
 from fastcl.losses.distillation import reference as distillation_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
+from fastcl.losses.lifted_structure import reference as lifted_structure_reference
 from fastcl.losses.multiple_negatives import reference as ranking_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.siglip import reference as siglip_reference
+from fastcl.losses.spectral import reference as spectral_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
+from fastcl.losses.triplet import reference as triplet_reference
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,43 @@ def _tau_per_query(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     )
 
 
+def _without_tau(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss that has no temperature: its values are divided by one. Other backends than "tiled" don't come in."""
+
+    def divided(*arguments: object, backend: str | None = None, **options: object) -> Tensor:
+        if backend not in (None, "tiled"):
+            raise ValueError("backend must be None: the loss is plain PyTorch")
+        *features, tau = arguments
+        return call(*features, **options) / tau
+
+    return divided
+
+
 def _pair_of_tags(kinds: int) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]]:
     return lambda x: (tag(len(x[0]), kinds, x[0]), tag(len(x[-1]), kinds, x[-1], shift=1))
+
+
+def _labelled(
+    name: str,
+    call: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    passes: tuple[float, tuple[float, float], float],
+    **options: object,
+) -> Loss:
+    """A loss of the distances between rows of a few rows each, some of which are duplicates."""
+
+    def with_labels(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return _without_tau(lambda z, labels, **others: loss(z, labels, **options, **others))
+
+    return _row(
+        name,
+        with_labels(call),
+        with_labels(reference),
+        ("z",),
+        passes,
+        lambda x: {"labels": tag(len(x[0]), len(x[0]) // 4 + 2, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
+        one_operator=False,
+    )
 
 
 _VIEWS, _QUERIES, _CLIP = ("z1", "z2"), ("query", "key"), ("image_features", "text_features")
@@ -172,6 +212,8 @@ _BOTH = 4, (1.0, 3.0), 3
 _UNEVEN = 0, (0, 0), 0
 """the passes of a loss that makes several plans, which are counted in a test of its own"""
 _EVERY_DIRECTION = {"directions": ("query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc")}
+_ONE_SWEEP, _ROWS_OF_TWO, _TWO_STAGES = (3, (1.0, 3.0), 3), (4, (1.0, 3.0), 4), (7, (2.0, 6.0), 7)
+"""of rows against themselves, by panels: one average, two, or one that needs the rows' sums first"""
 _ids, _labels = _pair_of_tags(4), _pair_of_tags(6)
 
 LOSSES = (
@@ -374,6 +416,63 @@ LOSSES = (
         _ROWS,
         lambda x: {"labels": tag(len(x[0]), 7, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
         one_operator=False,
+    ),
+    _row("binary_nce", fastcl.binary_nce_loss, binary_nce_reference, _VIEWS, _ROWS, one_operator=False),
+    _row(
+        "binary_nce_ratio",
+        fastcl.binary_nce_loss,
+        binary_nce_reference,
+        _VIEWS,
+        _ROWS,
+        lambda x: {
+            "noise_ratio": 3.0,
+            "log_noise": torch.linspace(-2, 0, len(x[0]), device=x[0].device).double(),
+            "ids": tag(len(x[0]), 5, x[0]),
+        },
+        one_operator=False,
+    ),
+    *(
+        _row(
+            name,
+            _without_tau(fastcl.spectral_contrastive_loss),
+            _without_tau(spectral_reference),
+            _VIEWS,
+            (0, (0, 0), 0),
+            lambda x, options=options: options,
+            one_operator=False,
+        )
+        for name, options in (("spectral", {"normalize": True}), ("spectral_mu", {"mu": 3.0}))
+    ),
+    _labelled("contrastive", fastcl.contrastive_loss, contrastive_reference, _ROWS_OF_TWO, pos_margin=0.1),
+    _labelled("contrastive_cosine", fastcl.contrastive_loss, contrastive_reference, _ROWS_OF_TWO, distance="cosine"),
+    _labelled(
+        "contrastive_norms",
+        fastcl.contrastive_loss,
+        contrastive_reference,
+        _ROWS_OF_TWO,
+        normalize=False,
+        neg_margin=8.0,
+    ),
+    *(
+        _labelled(f"triplet_{mining}", fastcl.triplet_loss, triplet_reference, _ONE_SWEEP, mining=mining, margin=0.3)
+        for mining in ("all", "semihard", "hard")
+    ),
+    _labelled(
+        "triplet_smooth",
+        fastcl.triplet_loss,
+        triplet_reference,
+        _ONE_SWEEP,
+        mining="hard",
+        smooth_loss=True,
+        distance="cosine",
+    ),
+    _labelled("lifted_structure", fastcl.lifted_structure_loss, lifted_structure_reference, _TWO_STAGES),
+    _labelled(
+        "lifted_structure_norms",
+        fastcl.lifted_structure_loss,
+        lifted_structure_reference,
+        _TWO_STAGES,
+        normalize=False,
     ),
     *(
         _row(

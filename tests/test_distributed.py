@@ -21,16 +21,21 @@ from fastcl import Axis, Mask, Reduce, Term, distributed, engine
 from fastcl.backends import tiled
 from fastcl.exchange import Ranks
 from fastcl.losses.alpha_cl import reference as alpha_cl_reference
+from fastcl.losses.binary_nce import reference as binary_nce_reference
 from fastcl.losses.clip import reference as clip_reference
+from fastcl.losses.contrastive import reference as contrastive_reference
 from fastcl.losses.dcl import reference as dcl_reference
 from fastcl.losses.debiased import reference as debiased_reference
 from fastcl.losses.distillation import reference as distillation_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
+from fastcl.losses.lifted_structure import reference as lifted_structure_reference
 from fastcl.losses.multiple_negatives import DIRECTIONS
 from fastcl.losses.multiple_negatives import reference as ranking_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.siglip import reference as siglip_reference
+from fastcl.losses.spectral import reference as spectral_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
+from fastcl.losses.triplet import reference as triplet_reference
 from fastcl.terms import Operands, Plan
 from tests.cases import available_backends, relative_error
 
@@ -135,7 +140,41 @@ def _clip(**given: object) -> Loss:
     )
 
 
+def _labelled(call: Callable[..., Tensor], reference: Callable[..., Tensor], **given: object) -> Loss:
+    """A loss of one batch with labels, over panels: its features are gathered whatever the exchange is."""
+
+    def shard(x, scale, bias, first, keys, *, exchange, **options):
+        return call(x[0], _tag(len(x[0]), first, 4), **given, **options)
+
+    return Loss(shard, lambda x, scale, bias: reference(x[0], _tag(len(x[0]), 0, 4), **given), lambda pairs: (pairs,))
+
+
+def _nce(**given: object) -> Loss:
+    def shard(x, scale, bias, first, keys, *, exchange, **options):
+        ids = _tag(len(x[0]), first, 3)
+        return fastcl.binary_nce_loss(*x, 1 / scale, log_noise=bias, ids=ids, **given, **options)
+
+    return Loss(
+        shard,
+        lambda x, scale, bias: binary_nce_reference(*x, 1 / scale, log_noise=bias, ids=_tag(len(x[0]), 0, 3), **given),
+        lambda pairs: (pairs, pairs),
+    )
+
+
 LOSSES |= {
+    "binary_nce": _nce(),
+    "binary_nce_ratio": _nce(noise_ratio=2.5),
+    "spectral": Loss(
+        lambda x, scale, bias, first, keys, *, reduction, group, **options: fastcl.spectral_contrastive_loss(
+            *x, mu=2.0, reduction=reduction, group=group
+        ),
+        lambda x, scale, bias: spectral_reference(*x, mu=2.0),
+        lambda pairs: (pairs, pairs),
+    ),
+    "contrastive": _labelled(fastcl.contrastive_loss, contrastive_reference, pos_margin=0.1),
+    "triplet_all": _labelled(fastcl.triplet_loss, triplet_reference, margin=0.2, normalize=False),
+    "triplet_hard": _labelled(fastcl.triplet_loss, triplet_reference, margin=0.2, mining="hard"),
+    "lifted_structure": _labelled(fastcl.lifted_structure_loss, lifted_structure_reference, normalize=False),
     "nt_xent_ids": _views(ids=3),
     "nt_xent_labels": _views(labels=4),
     "clip_ids_margin": _clip(ids=5, false_negative_margin=0.1),

@@ -19,8 +19,8 @@ LAYERS = (
     ("cross_entropy",),
     ("panels",),
     ("losses", "similarity"),
-    ("replay",),
-    ("nn", "gradcache", "memory"),
+    ("replay", "top_k"),
+    ("nn", "gradcache", "memory", "diagnostics"),
     ("doctor",),
     ("__init__", "__main__"),
 )
@@ -51,7 +51,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 
 # What without_pairs computes is the textbook formula already.
-NO_REFERENCE = ("__init__", "common", "without_pairs")
+NO_REFERENCE = ("__init__", "common", "distances", "without_pairs")
 
 
 @pytest.mark.parametrize(

@@ -191,3 +191,85 @@ def test_sentence_transformers(options: dict, columns: int, backend: str) -> Non
     query, document, *negatives = embeddings
     ours = fastcl.nn.MultipleNegativesRankingLoss(5.0, **options, backend=backend)(query, document, negatives)
     assert_same(ours, criterion.compute_loss_from_embeddings(embeddings, None), embeddings)
+
+
+@pytest.mark.parametrize("bias", [-10.0, 0.5])
+def test_siglip_is_open_clips(views, bias: float) -> None:
+    criterion = peer("open_clip.loss").SigLipLoss()
+    images, texts = (torch.nn.functional.normalize(x.detach(), dim=1).requires_grad_() for x in views)
+    scale, bias = torch.tensor(12.0, requires_grad=True), torch.tensor(bias, requires_grad=True)
+    inputs = (images, texts, scale, bias)
+    assert_same(fastcl.siglip_loss(*inputs), criterion(*inputs), inputs)
+    ours = fastcl.nn.SigLipLoss()(images, texts, logit_scale=scale, logit_bias=bias, output_dict=True)
+    theirs = criterion(images, texts, logit_scale=scale, logit_bias=bias, output_dict=True)
+    assert ours.keys() == theirs.keys()
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.fixture
+def labelled(views) -> tuple[torch.Tensor, torch.Tensor]:
+    """Five classes of uneven sizes that overlap; one row is alone in its class."""
+    z = torch.cat(views).detach()
+    labels = (torch.arange(len(z)) * 5 // 3) % 5
+    labels[-1] = 9
+    return (z + 2 * torch.randn(10, 10, generator=torch.Generator().manual_seed(3))[labels]).requires_grad_(), labels
+
+
+COSINE = pytest.mark.parametrize("cosine", [False, True], ids=["euclidean", "cosine"])
+
+
+def _distance(cosine: bool) -> object:
+    distances = peer("pytorch_metric_learning.distances")
+    return distances.CosineSimilarity() if cosine else distances.LpDistance()
+
+
+@COSINE
+@pytest.mark.parametrize("margins", [(0.0, 1.0), (0.3, 0.9)])
+def test_contrastive_is_that_of_pytorch_metric_learning(labelled, cosine: bool, margins: tuple[float, float]) -> None:
+    z, labels = labelled
+    theirs = [1 - margin for margin in margins] if cosine else margins
+    criterion = peer("pytorch_metric_learning.losses").ContrastiveLoss(*theirs, distance=_distance(cosine))
+    ours = fastcl.nn.ContrastiveLoss(*margins, distance="cosine" if cosine else "euclidean")
+    assert_same(ours(z, labels), criterion(z, labels), [z])
+
+
+@COSINE
+@pytest.mark.parametrize("mining", ["all", "semihard", "hard", "smooth"])
+def test_triplets_are_those_of_pytorch_metric_learning(labelled, cosine: bool, mining: str) -> None:
+    z, labels = labelled
+    losses, miners = peer("pytorch_metric_learning.losses"), peer("pytorch_metric_learning.miners")
+    smooth = mining == "smooth"
+    criterion = losses.TripletMarginLoss(0.2, smooth_loss=smooth, distance=_distance(cosine))
+    miner = {
+        "all": None,
+        "semihard": miners.TripletMarginMiner(0.2, "semihard", distance=_distance(cosine)),
+        "hard": miners.BatchHardMiner(distance=_distance(cosine)),
+    }["hard" if smooth else mining]
+    theirs = criterion(z, labels, None if miner is None else miner(z, labels))
+    ours = fastcl.nn.TripletMarginLoss(
+        0.2, smooth, mining="hard" if smooth else mining, distance="cosine" if cosine else "euclidean"
+    )
+    assert theirs > 0
+    assert_same(ours(z, labels), theirs, [z])
+
+
+@COSINE
+@pytest.mark.parametrize("margins", [(1.0, 0.0), (0.4, 0.2)])
+def test_lifted_structure_is_that_of_pytorch_metric_learning(labelled, cosine: bool, margins) -> None:
+    z, labels = labelled
+    theirs = [1 - margin for margin in margins] if cosine else margins
+    criterion = peer("pytorch_metric_learning.losses").LiftedStructureLoss(*theirs, distance=_distance(cosine))
+    ours = fastcl.nn.LiftedStructureLoss(*margins, distance="cosine" if cosine else "euclidean")
+    assert_same(ours(z, labels), criterion(z, labels), [z])
+
+
+def test_distances_of_rows_that_are_not_normalized(labelled) -> None:
+    z, labels = labelled
+    losses = peer("pytorch_metric_learning.losses")
+    distance = peer("pytorch_metric_learning.distances").LpDistance(normalize_embeddings=False)
+    for theirs, ours, margins in (
+        (losses.ContrastiveLoss, fastcl.contrastive_loss, (1.0, 7.0)),
+        (losses.TripletMarginLoss, fastcl.triplet_loss, (2.0,)),
+        (losses.LiftedStructureLoss, fastcl.lifted_structure_loss, (1.0, 0.0)),
+    ):
+        assert_same(ours(z, labels, *margins, normalize=False), theirs(*margins, distance=distance)(z, labels), [z])

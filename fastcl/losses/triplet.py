@@ -1,0 +1,201 @@
+"""The triplet loss: a positive should be closer than a negative, by a margin; over all triplets, or those mined.
+
+May import :mod:`fastcl.losses.common`, :mod:`fastcl.losses.distances` and the panels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+from fastcl.checks import check_choice
+from fastcl.losses.common import Run
+from fastcl.losses.distances import LabelledRows, average, check_margin, distances, positives_and_negatives
+from fastcl.panels import Outputs, Panel, Slopes, panel_function
+
+MINING = ("all", "semihard", "hard")
+
+
+@panel_function(outputs=2)
+def all_triplets(panel: Panel):
+    """Of each row as the anchor, the hinges of all its triplets, and how many are active.
+
+    A positive's active negatives are the nearest ones, so that a row is sorted once and prefix sums give their hinges.
+    A second number that isn't 0 leaves out the negatives that are no farther than the positive.
+    """
+    margin, semihard = panel.numbers
+    distance, slopes = distances(panel)
+    positive, negative = positives_and_negatives(panel)
+    reach = (distance + margin).masked_fill_(~positive, -torch.inf)
+    nearest = distance.masked_fill(~negative, torch.inf).sort(dim=1).values
+    active = torch.searchsorted(nearest, reach, out_int32=True)
+    # Where the slope looks from a negative: the positives that reach beyond it.
+    own = distance.masked_fill(~positive, torch.inf) if semihard else None
+    closer = None if own is None else torch.searchsorted(nearest, own, right=True, out_int32=True)
+    if closer is not None:
+        closer.masked_fill_(~positive, 0)
+    # A hinge is small beside the sums that it is a difference of.
+    wide = distance.dtype if distance.device.type == "mps" else torch.float64
+    prefix = F.pad(nearest.masked_fill_(nearest == torch.inf, 0.0).cumsum(dim=1, dtype=wide), (1, 0))
+    count = active if closer is None else active - closer
+    total = (count * reach.masked_fill(~positive, 0.0)).sum(dim=1, dtype=wide)
+    total -= prefix.gather(1, active.long()).sum(dim=1)
+    if closer is not None:
+        total += prefix.gather(1, closer.long()).sum(dim=1)
+
+    def pull_back(incoming: Outputs) -> Slopes:
+        width = distance.shape[1]
+        reached = width - torch.searchsorted(reach.sort(dim=1).values, distance, right=True, out_int32=True)
+        if own is not None:
+            reached -= width - torch.searchsorted(own.sort(dim=1).values, distance, out_int32=True)
+            # Positives that are no closer than the negative, without those places that hold no positive.
+            reached += (~positive).sum(dim=1, dtype=torch.int32)[:, None]
+        return slopes((count - reached * negative) * incoming[0][:, None])
+
+    return (total.to(distance.dtype), count.sum(dim=1).to(distance.dtype)), pull_back
+
+
+@panel_function(outputs=2)
+def hardest_triplet(panel: Panel):
+    """Of each row as the anchor, the hinge of its farthest positive and nearest negative, and whether it is active.
+
+    A second number that isn't 0 makes a softplus of the hinge.
+    """
+    margin, smooth = panel.numbers
+    distance, slopes = distances(panel)
+    positive, negative = positives_and_negatives(panel)
+    farthest = distance.masked_fill(~positive, -torch.inf).max(dim=1)
+    nearest = distance.masked_fill(~negative, torch.inf).min(dim=1)
+    complete = (farthest.values > -torch.inf) & (nearest.values < torch.inf)
+    violation = (farthest.values - nearest.values + margin).masked_fill(~complete, -torch.inf)
+    loss = F.softplus(violation, threshold=40.0) if smooth else violation.relu()
+
+    def pull_back(incoming: Outputs) -> Slopes:
+        slope = (violation.sigmoid() if smooth else (violation > 0).to(violation.dtype)) * incoming[0]
+        gradient = torch.zeros_like(distance).scatter_(1, farthest.indices[:, None], slope[:, None])
+        return slopes(gradient.scatter_add_(1, nearest.indices[:, None], -slope[:, None]))
+
+    return (loss, (loss > 0).to(loss.dtype)), pull_back
+
+
+def triplet_loss(
+    z: Tensor,
+    labels: Tensor,
+    margin: float = 0.05,
+    mining: str = "all",
+    *,
+    smooth_loss: bool = False,
+    distance: str = "euclidean",
+    ids: Tensor | None = None,
+    weight: Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""The triplet loss of a labelled batch, averaged over the triplets that are active.
+
+    A triplet is an anchor a, another row p of its label and a row n of a different one; with the distances d,
+
+    .. math:: \frac{1}{\lvert\mathcal{T}^+\rvert} \sum_{(a, p, n) \in \mathcal{T}} [d_{ap} - d_{an} + m]_+
+
+    where + marks the triplets whose hinge isn't 0; without any the loss is 0. ``mining`` chooses the triplets:
+
+    - "all" of them (batch-all);
+    - "semihard", those with :math:`d_{ap} < d_{an} < d_{ap} + m`;
+    - "hard", for each anchor its farthest positive and its nearest negative (batch-hard).
+
+    The loss of a row is the sum of its triplets as the anchor, over the average number of active ones.
+
+    Args:
+        z: features [N, D] in float64, float32, bfloat16 or float16.
+        labels: integers [N].
+        margin: by how much a negative should be farther than a positive; at least 0.
+        mining: "all", "semihard" or "hard".
+        smooth_loss: softplus in place of the hinge, for "hard" mining only: the sum over all triplets takes time
+            cubic in N without a hinge.
+        distance: "euclidean", or "cosine" for 1 minus the similarity.
+        ids: integers [N]: rows with an equal id are never negatives of each other; equal labels stay positives.
+        weight: [N], a constant factor of an anchor's loss; the count is that without weights.
+        normalize: scale each row to unit length first.
+        reduction: "mean", "sum" (N times the mean), or "none" for [N].
+        backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
+        group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
+            length, or be empty; labels and ids mean the same on all of them.
+
+    Returns:
+        The loss in float32 (float64 for float64 features). An anchor without a positive or a negative has loss 0 and
+        no gradient; pairs at distance 0 have gradient 0.
+
+    Raises:
+        TypeError, ValueError: an argument doesn't fit; the message names it.
+
+    Complexity: 3 * N^2 * D multiply-adds for value and gradient (4 for "none"), and O(N^2 log N) to sort each row once
+    for "all" and "semihard", whatever the number of triplets; O(N) memory beyond features and gradients.
+
+    Source: Schroff, Kalenichenko and Philbin, FaceNet, 2015 (arXiv:1503.03832); Hermans, Beyer and Leibe, In Defense of
+    the Triplet Loss, 2017 (arXiv:1703.07737). Equals pytorch-metric-learning's ``TripletMarginLoss``, by itself, with
+    ``TripletMarginMiner(margin, "semihard")``, and with ``BatchHardMiner``.
+
+    >>> import torch, fastcl
+    >>> z = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    >>> round(fastcl.triplet_loss(z, torch.tensor([0, 0, 1]), 0.1).item(), 4)  # 0.1, and sqrt(2) + 0.1
+    0.8071
+    """
+    check_choice("mining", mining, MINING)
+    if smooth_loss and mining != "hard":
+        raise ValueError(
+            f"smooth_loss must be False with mining={mining!r}: without a hinge every triplet counts, and the sum over "
+            f"all of them takes time cubic in the batch; mining='hard' has it"
+        )
+    margin = check_margin("margin", margin)
+    if margin < 0:
+        raise ValueError(f"margin must be at least 0, got {margin}")
+    rows = LabelledRows.checked(z, labels, ids, weight, distance=distance, normalize=normalize, group=group)
+    run = Run.checked(reduction, backend, group, "auto", loss="triplet_loss", mining=mining)
+    if mining == "hard":
+        return average(run, hardest_triplet, rows, (margin, float(smooth_loss)))
+    return average(run, all_triplets, rows, (margin, float(mining == "semihard")))
+
+
+def reference(
+    z: Tensor,
+    labels: Tensor,
+    margin: float = 0.05,
+    mining: str = "all",
+    *,
+    smooth_loss: bool = False,
+    distance: str = "euclidean",
+    ids: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """The textbook formula with every triplet, as [pairs of anchor and positive, negatives]: the loss of each row."""
+    if normalize:
+        z = F.normalize(z, dim=1)
+    similarity = z @ z.T
+    d = 1 - similarity
+    if distance == "euclidean":
+        norms = similarity.diagonal()
+        squared = norms[:, None] + norms - 2 * similarity
+        nothing = squared <= 0
+        d = squared.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
+    same = labels[:, None] == labels
+    negative = ~same if ids is None else ~same & (ids[:, None] != ids)
+    positive = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    if mining == "hard":
+        complete = positive.any(dim=1) & negative.any(dim=1)
+        farthest = d.masked_fill(~positive, -1e4).amax(dim=1)
+        nearest = d.masked_fill(~negative, 1e4).amin(dim=1)
+        violation = farthest - nearest + margin
+        loss = (F.softplus(violation) if smooth_loss else violation.relu()).masked_fill(~complete, 0.0)
+        return len(z) * loss / (loss > 0).sum().clamp_min(1)
+    anchor, other = positive.nonzero(as_tuple=True)
+    to_positive, to_negative = d[anchor, other][:, None], d[anchor]
+    chosen = negative[anchor]
+    if mining == "semihard":
+        chosen &= to_negative > to_positive
+    hinges = (to_positive - to_negative + margin).relu().masked_fill(~chosen, 0.0)
+    rows = hinges.new_zeros(len(z)).index_add(0, anchor, hinges.sum(dim=1))
+    return len(z) * rows / (hinges > 0).sum().clamp_min(1)
