@@ -285,7 +285,7 @@ def draw(curves: dict[tuple[str, float], dict[int, list[float]]], digits: dict[s
         if method == "InfoNCE":
             angles.plot(curve.keys(), means, "o-", color=colors[noise], label=f"InfoNCE, noise {noise}")
         elif noise == NOISES[0]:
-            style = dict(color="#888888", linestyle="--" if method == "PCA" else ":")
+            style = {"color": "#888888", "linestyle": "--" if method == "PCA" else ":"}
             angles.plot(curve.keys(), means, **style, label=method)
     angles.set(xscale="log", yscale="log", xlabel="pairs", title="Largest angle to Fisher's subspace, degrees")
     angles.set_yticks([3, 10, 30, 90], ["3", "10", "30", "90"])
