@@ -13,7 +13,7 @@ import argparse
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.demo.digits import augment, load_images
-from examples.linear_probe import DRAWS, FEW, Accuracy, linear_probe, split
+from examples.linear_probe import DRAWS, FEW, Accuracy, linear_probe, split, spread_percent
+from examples.negatives import Encoder
 from examples.subspaces import principal_angles, principal_components
 
 LAYERS = (64, 48, 32, 4)
@@ -152,16 +153,11 @@ def fixed_cases(count: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     return cases | {"uniform, one view": (first, first, pair_importance(first, first, "uniform"))}
 
 
-def encoder() -> nn.Sequential:
-    """8 x 8 pixels to 128 features."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 128))
-
-
 def train(rule: str, steps: int, seed: int, images: Tensor, labels: Tensor) -> Accuracy:
     """The probe of an encoder, which no label was used for; a seed's batches are the same for each rule."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    features = encoder()
+    features = Encoder()
     model = nn.Sequential(features, nn.ReLU(), nn.Linear(128, WIDTH))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
@@ -175,12 +171,6 @@ def train(rule: str, steps: int, seed: int, images: Tensor, labels: Tensor) -> A
         schedule.step()
     with torch.no_grad():
         return linear_probe(features(images), labels)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation in percent; of one value, itself."""
-    deviation = f" ± {100 * statistics.stdev(values):3.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):5.1f}{deviation} %"
 
 
 def draw(courses: dict[str, dict[str, Course]], accuracies: dict[str, list[Accuracy]], path: Path) -> None:
@@ -248,14 +238,14 @@ def main() -> None:
     images, labels = load_images()
     torch.manual_seed(0)
     with torch.no_grad():
-        random = linear_probe(encoder()(images), labels)
+        random = linear_probe(Encoder()(images), labels)
     accuracies = {"raw pixels": [linear_probe(images, labels)], "random encoder": [random]}
     for rule in RULES:
         accuracies[rule] = [train(rule, steps, seed, images, labels) for seed in range(seeds)]
     print(f"\nadaptive alpha, {steps} steps of {BATCH} images; mean and deviation of {seeds} seeds")
     print(f"linear probe on held-out digits, from {FEW} labels per digit (mean of {DRAWS} draws) and from all labels")
     for name, runs in accuracies.items():
-        print(f"{name:18}{spread([run.few for run in runs]):14} {spread([run.all for run in runs])}")
+        print(f"{name:18}{spread_percent(runs)}")
     draw(courses, accuracies, options.picture)
     print(f"\n{options.picture}; {time.process_time():.0f} s of processor time")
 

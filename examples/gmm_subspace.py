@@ -24,7 +24,7 @@ from torch import Tensor
 
 import fastcl
 from examples.demo.digits import augment, load_images
-from examples.linear_probe import split
+from examples.linear_probe import split, spread
 from examples.subspaces import principal_angles, principal_components
 
 COMPONENTS, DIM, TEXT_DIM = 4, 32, 24
@@ -255,12 +255,6 @@ def cluster_digits(copies: int) -> dict[str, Clustering]:
     }
 
 
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean and standard deviation; of one value, itself."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
 def print_table(table: dict[tuple[str, float], list[Found]]) -> None:
     for what, column, digits in (("largest angle to Fisher's subspace, degrees", 0, 1), ("ARI of k-means", 1, 2)):
         print(f"\n{what + '; noise:':48}" + "".join(f"{noise:>14}" for noise in NOISES))
@@ -344,18 +338,18 @@ def main() -> None:
     print(f"\n{'largest angle, degrees; pairs:':48}" + "".join(f"{size:>14,}" for size in columns))
     for (method, noise), curve in curves.items():
         name = f"{method}, noise {noise}" if method == "InfoNCE" else method
-        print(f"{name:48}" + "".join(f"{spread(values, 1):>14}" for values in curve.values()), flush=True)
+        print(f"{name:48}" + "".join(f"{spread(values):>14}" for values in curve.values()), flush=True)
 
     print(f"\n{'CLIP loss, images | texts; noise:':48}" + "".join(f"{noise:>24}" for noise in NOISES))
     two = {noise: [find_two(pairs, noise, seed) for seed in range(draws)] for noise in NOISES}
     for method, name in (("pca", "PCA"), ("clip", "CLIP"), ("lda", "LDA (labels)")):
         cells = (
-            " | ".join(spread([getattr(found[side], method) for found in two[noise]], 1) for side in range(2))
+            " | ".join(spread([getattr(found[side], method) for found in two[noise]]) for side in range(2))
             for noise in NOISES
         )
         print(f"{name:48}" + "".join(f"{cell:>24}" for cell in cells))
     shared = [find_shared(pairs, seed) for seed in range(draws)]
-    cell = " | ".join(spread([found[side] for found in shared], 1) for side in range(2))
+    cell = " | ".join(spread([found[side] for found in shared]) for side in range(2))
     print(f"{'texts can not tell two components apart: CLIP':48}{cell:>24}", flush=True)
 
     digits = cluster_digits(1 if options.small else COPIES)
