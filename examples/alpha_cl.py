@@ -44,7 +44,7 @@ def uniform_rule(similarity: Tensor) -> Tensor:
 
 
 def power_rule(similarity: Tensor) -> Tensor:
-    """d_ij ** -2p, scaled to sum to 1: heavier tails than the softmax's."""
+    """(1 - s_ij) ** -POWER, scaled to sum to 1: heavier tails than the softmax's."""
     weights = (1 - similarity).clamp_min(1e-2) ** -POWER
     return weights / weights.fill_diagonal_(0).sum(dim=1, keepdim=True)
 

@@ -93,16 +93,15 @@ def train(setting: Setting, steps: int, seed: int, images: Tensor, labels: Tenso
 
 
 def peak_megabytes(loss: Loss, negatives: int, setting: Setting) -> float:
-    """Of value and gradient, beyond features that exist."""
+    """Of value and gradients, the gradients included, beyond the features."""
     generator = torch.Generator().manual_seed(0)
-
-    def unit(rows: int) -> Tensor:
-        return F.normalize(torch.randn(rows, setting.width, generator=generator))
-
-    query, key, shared = unit(BATCH).requires_grad_(), unit(BATCH).requires_grad_(), unit(negatives)
+    features = [
+        F.normalize(torch.randn(rows, setting.width, generator=generator)).requires_grad_()
+        for rows in (BATCH, BATCH, negatives)
+    ]
 
     def step() -> None:
-        torch.autograd.grad(loss(query, key, shared, setting.temperature), (query, key))
+        torch.autograd.grad(loss(*features, setting.temperature), features)
 
     if negatives == MEASURED[0]:  # libraries are loaded by the first call
         step()
@@ -150,14 +149,17 @@ def main() -> None:
         parser.exit(1, f"the example needs {' and '.join(missing)}; `make demo` installs them\n")
     sweeps, steps, seeds = (SMALL_SWEEPS, SMALL_STEPS, SMALL_SEEDS) if options.small else (SWEEPS, STEPS, SEEDS)
 
-    print(f"MB that value and gradient of {BATCH} queries take at their peak")
-    print(f"{'negatives':>9}  {'one copy of the logits':>22}  {'dense, measured':>15}  {'fastcl, measured':>16}")
+    print(f"MB that value and gradients of {BATCH} queries take at their peak; the negatives' own gradient is in both")
+    columns = ("negatives", "their gradient", "one copy of the logits", "dense, measured", "fastcl, measured")
+    print("  ".join(columns))
     memory: dict[str, list[float]] = {"dense": [], "fastcl": []}
     for negatives in MEASURED:
         for name, loss in (("fastcl", fast_loss), ("dense", dense_loss)):
             memory[name].append(peak_megabytes(loss, negatives, Setting()))
         logits = 4 * BATCH * (negatives + 1) / 1e6
-        print(f"{negatives:9,}  {logits:22.1f}  {memory['dense'][-1]:15.1f}  {memory['fastcl'][-1]:16.1f}", flush=True)
+        numbers = (4 * negatives * Setting.width / 1e6, logits, memory["dense"][-1], memory["fastcl"][-1])
+        cells = (f"{number:{len(column)}.1f}" for number, column in zip(numbers, columns[1:], strict=True))
+        print(f"{negatives:9,}  " + "  ".join(cells), flush=True)
 
     images, labels = load_images()
     pixels = linear_probe(images, labels)
