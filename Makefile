@@ -38,7 +38,8 @@ wheel: .venv/fastcl
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" -w dist build/wheel/*.whl
 
 clean:
-	rm -rf .venv build dist *.egg-info fastcl/*.so demo.png clip_digits.png moco_digits.png infomax_digits.png benchmarks/out
+	rm -rf .venv build dist *.egg-info fastcl/*.so demo.png benchmarks/out
+	rm -f clip_digits.png moco_digits.png infomax_digits.png negatives.png gmm_subspace.png alpha_cl.png
 
 # An environment of its own. A torch >= 2.11 that $(PYTHON) can import, be it the system's or a virtual environment's, is
 # reused through a path file instead of downloaded again.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,18 @@ class Accuracy:
 
     def __str__(self) -> str:
         return f"{100 * self.few:5.1f} %  {100 * self.all:5.1f} %"
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Mean and standard deviation of several runs; of one run, its value."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def spread_percent(accuracies: Sequence[Accuracy]) -> str:
+    """Both accuracies in percent, in columns."""
+    few, everything = ([100 * getattr(x, labelled) for x in accuracies] for labelled in ("few", "all"))
+    return f"{spread(few):>10} % {spread(everything):>10} %"
 
 
 def split(labels: Tensor) -> tuple[Tensor, Tensor]:
