@@ -5,6 +5,7 @@ May import :mod:`fastcl.checks`, :mod:`fastcl.engine`, :mod:`fastcl.losses.commo
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -92,9 +93,11 @@ def top_k(
     first = torch.zeros((), dtype=torch.int64, device=query.device)
     if group is not None:
         check_group("group", group)
-        keys, _ = torch.ops.fastcl.gather_over_ranks(keys, group.group_name)
-        ids = ids and (ids[0], torch.ops.fastcl.gather_over_ranks(ids[1], group.group_name)[0])
-        lengths = torch.ops.fastcl.gather_over_ranks(first.new_full((1,), query.shape[0]), group.group_name)[0]
+        call = f"function=top_k\nk={k}\nexclude_self={exclude_self}\nids={ids is not None}"
+        gather = functools.partial(torch.ops.fastcl.gather_over_ranks, group=group.group_name, call=call)
+        keys, _ = gather(keys)
+        ids = ids and (ids[0], gather(ids[1])[0])
+        lengths, _ = gather(first.new_full((1,), query.shape[0]))
         first = lengths[: group.rank()].sum()
     if k > keys.shape[0]:
         raise ValueError(f"k must be at most the number of keys, {keys.shape[0]}, got {k}")
