@@ -16,6 +16,7 @@ from fastcl.losses.dcl import dcl_loss
 from fastcl.losses.debiased import debiased_loss, hard_negative_loss
 from fastcl.losses.distillation import clip_distillation_loss
 from fastcl.losses.info_nce import info_nce
+from fastcl.losses.macl import macl_loss
 from fastcl.losses.multiple_negatives import multiple_negatives_ranking_loss
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.siglip import siglip_loss
@@ -52,6 +53,7 @@ __all__ = [
     "hard_negative_loss",
     "info_nce",
     "list_backends",
+    "macl_loss",
     "memory",
     "multiple_negatives_ranking_loss",
     "negative_cosine_similarity",
