@@ -19,6 +19,7 @@ from fastcl.losses.debiased import debiased_loss, hard_negative_loss
 from fastcl.losses.distillation import clip_distillation_loss
 from fastcl.losses.info_nce import info_nce
 from fastcl.losses.lifted_structure import lifted_structure_loss
+from fastcl.losses.macl import macl_loss
 from fastcl.losses.multiple_negatives import multiple_negatives_ranking_loss
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.siglip import siglip_loss
@@ -63,6 +64,7 @@ __all__ = [
     "info_nce",
     "lifted_structure_loss",
     "list_backends",
+    "macl_loss",
     "memory",
     "multiple_negatives_ranking_loss",
     "negative_cosine_similarity",

@@ -22,6 +22,7 @@ from fastcl.losses.debiased import debiased_loss, hard_negative_loss
 from fastcl.losses.distillation import clip_distillation_loss
 from fastcl.losses.info_nce import PairOfTags, info_nce
 from fastcl.losses.lifted_structure import lifted_structure_loss
+from fastcl.losses.macl import macl_loss
 from fastcl.losses.multiple_negatives import multiple_negatives_ranking_loss
 from fastcl.losses.nt_xent import nt_xent
 from fastcl.losses.siglip import siglip_loss
@@ -396,6 +397,35 @@ class AlphaCLLoss(nn.Module):
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         return alpha_cl_loss(z1, z2, **self.options)
+
+
+class MACLLoss(nn.Module):
+    """:func:`fastcl.macl_loss` as a module, with lightly's arguments: ``MACLLoss(0.1, alpha=0.5, A_0=0.0)(z1, z2)``."""
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        alpha: float = 0.5,
+        A_0: float = 0.0,  # noqa: N803  lightly's name
+        *,
+        reduction: str = "mean",
+        backend: str | None = None,
+        group: ProcessGroup | None = None,
+        exchange: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.options = {
+            "tau": temperature,
+            "alpha": alpha,
+            "initial_alignment": A_0,
+            "reduction": reduction,
+            "backend": backend,
+            "group": group,
+            "exchange": exchange,
+        }
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        return macl_loss(z1, z2, **self.options)
 
 
 class DistillClipLoss(nn.Module):

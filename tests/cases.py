@@ -25,6 +25,7 @@ from fastcl.losses.debiased import reference as debiased_reference
 from fastcl.losses.distillation import reference as distillation_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.lifted_structure import reference as lifted_structure_reference
+from fastcl.losses.macl import reference as macl_reference
 from fastcl.losses.multiple_negatives import reference as ranking_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.siglip import reference as siglip_reference
@@ -356,6 +357,16 @@ LOSSES = (
         lambda x: {"tau_plus": 0.05, "beta": 0.5, "ids": tag(len(x[0]), 4, x[0])},
         one_operator=False,
         sweeps=2,
+    ),
+    _row(
+        "macl",
+        fastcl.macl_loss,
+        macl_reference,
+        _VIEWS,
+        _HALF,
+        lambda x: {"alpha": 0.7, "initial_alignment": 0.1},
+        one_operator=False,
+        detached=True,
     ),
     _row("ranking", fastcl.multiple_negatives_ranking_loss, ranking_reference, _QUERIES, _ROWS),
     _row(

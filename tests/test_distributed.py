@@ -29,6 +29,7 @@ from fastcl.losses.debiased import reference as debiased_reference
 from fastcl.losses.distillation import reference as distillation_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.lifted_structure import reference as lifted_structure_reference
+from fastcl.losses.macl import reference as macl_reference
 from fastcl.losses.multiple_negatives import DIRECTIONS
 from fastcl.losses.multiple_negatives import reference as ranking_reference
 from fastcl.losses.nt_xent import reference as nt_xent_reference
@@ -207,6 +208,7 @@ LOSSES |= {
     ),
     "dcl": _of_views(fastcl.dcl_loss, dcl_reference, ids=3),
     "dclw": _of_views(fastcl.dcl_loss, dcl_reference, sigma=0.7),
+    "macl": _of_views(fastcl.macl_loss, macl_reference, alpha=0.8, ids=3),
     "debiased": _of_views(fastcl.debiased_loss, debiased_reference, tau_plus=0.05),
     "hard_negative": _of_views(fastcl.hard_negative_loss, debiased_reference, tau_plus=0.02, beta=0.6, ids=3),
 }

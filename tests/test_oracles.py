@@ -54,6 +54,13 @@ def test_decoupled_losses_of_lightly(views, backend: str) -> None:
 
 
 @BACKENDS
+def test_model_aware_loss_of_lightly(views, backend: str) -> None:
+    options = {"temperature": 0.3, "alpha": 0.6, "A_0": 0.2}
+    theirs = peer("lightly.loss.macl_loss").MACLLoss(**options)(*views)
+    assert_same(fastcl.nn.MACLLoss(**options, backend=backend)(*views), theirs, views)
+
+
+@BACKENDS
 def test_pytorch_metric_learning(views, backend: str) -> None:
     losses = peer("pytorch_metric_learning.losses")
     criterion = losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=0.3))

@@ -23,6 +23,7 @@ OF_VIEWS = {
     "dclw": lambda z1, z2, tau, **o: fastcl.dcl_loss(z1, z2, tau, sigma=0.5, **o),
     "alpha_cl": lambda z1, z2, tau, **o: fastcl.alpha_cl_loss(z1, z2, tau, importance="power", **o),
     "debiased": lambda z1, z2, tau, **o: fastcl.debiased_loss(z1, z2, tau, 0.1, **o),
+    "macl": lambda z1, z2, tau, **o: fastcl.macl_loss(z1, z2, tau, alpha=0.0, **o),
     "hard_negative": lambda z1, z2, tau, **o: fastcl.hard_negative_loss(z1, z2, tau, 0.1, 1.0, **o),
 }
 EACH_OF_VIEWS = pytest.mark.parametrize("loss", OF_VIEWS.values(), ids=OF_VIEWS)
