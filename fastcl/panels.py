@@ -22,9 +22,9 @@ from fastcl.cross_entropy import FirstDerivative
 from fastcl.pairwise import agreement, autocast, refuse_double_backward, scalar_tensor
 from fastcl.terms import NO_TAGS, Tags, accumulation_dtype, split_tags
 
-_PANEL_ON_CPU, _PANEL_ELSEWHERE = 1 << 21, 1 << 25
+_PANEL_ON_CPU, _PANEL_ELSEWHERE = 1 << 19, 1 << 25
 """pairs that a panel holds, where its columns leave it more than the fewest rows"""
-_FEWEST_ROWS = 16
+_FEWEST_ROWS = 32
 
 
 class Panel(NamedTuple):
