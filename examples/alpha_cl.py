@@ -30,32 +30,40 @@ LAYERS = (64, 48, 32, 4)
 """widths of the deep linear network, from pixels to output"""
 IMAGES, NETWORK_STEPS, NETWORK_RATE, SHOWN_AT = 400, 300, 0.5, (0, 3, 10, 30, 100)
 SMALL_IMAGES, SMALL_NETWORK_STEPS = 200, 200
-BATCH, STEPS, SMALL_STEPS, SEEDS, SMALL_SEEDS, RATE, TEMPERATURE, POWER, WIDTH = 256, 200, 30, 3, 1, 4e-3, 0.2, 2, 32
+BATCH, STEPS, SMALL_STEPS, SEEDS, SMALL_SEEDS, RATE, TEMPERATURE, WIDTH = 256, 200, 30, 3, 1, 4e-3, 0.2, 32
 
 
-def softmax_rule(similarity: Tensor) -> Tensor:
-    """exp(s_ij / tau) over the sum with the positive: InfoNCE."""
-    return (similarity / TEMPERATURE).softmax(dim=1)
+RULES = ("softmax", "uniform", "power")
 
 
-def uniform_rule(similarity: Tensor) -> Tensor:
-    """1 / (n - 1): all negatives count alike."""
-    return torch.full_like(similarity, 1 / (len(similarity) - 1))
+@torch.no_grad()
+def pair_importance(distances: Tensor, to_positive: Tensor, negative: Tensor, tau: float, importance: str) -> Tensor:
+    """alpha [n, m] of half squared distances [n, m], 0 where not ``negative``; those to the positives are [n, 1].
+
+    "softmax" is exp(-d / tau) over the sum with the positive: InfoNCE. "uniform" is the same for all, "power" is
+    exp(-d ** 2 / tau) over the sum: both sum to 1.
+    """
+    raised = {"softmax": distances, "uniform": torch.zeros_like(distances), "power": distances.square()}[importance]
+    weights = negative * (-raised / tau).exp()
+    total = weights.sum(dim=1, keepdim=True)
+    return weights / (total + (-to_positive / tau).exp() if importance == "softmax" else total)
 
 
-def power_rule(similarity: Tensor) -> Tensor:
-    """(1 - s_ij) ** -POWER, scaled to sum to 1: heavier tails than the softmax's."""
-    weights = (1 - similarity).clamp_min(1e-2) ** -POWER
-    return weights / weights.fill_diagonal_(0).sum(dim=1, keepdim=True)
+def alpha_cl_loss(z1: Tensor, z2: Tensor, tau: float, *, importance: str) -> Tensor:
+    """The mean over both views' rows of sum_j alpha_ij (d_ip - d_ij) on the unit sphere, p the other view of i."""
+    z = F.normalize(torch.cat((z1, z2)))
+    distances = 1 - z @ z.T
+    to_positive = distances.diagonal(len(z1)).repeat(2)[:, None]
+    negative = ~torch.eye(len(z1), dtype=torch.bool).repeat(2, 2)
+    alpha = pair_importance(distances, to_positive, negative, tau, importance)
+    return (alpha * (to_positive - distances)).sum(dim=1).mean()
 
 
-RULES: dict[str, Callable[[Tensor], Tensor]] = {"softmax": softmax_rule, "uniform": uniform_rule, "power": power_rule}
-
-
-def pair_importance(first: Tensor, second: Tensor, rule: str) -> Tensor:
-    """alpha [n, n] of views by the cosine of the first one of i and the second one of j, without a gradient."""
-    similarity = F.normalize(first.detach()) @ F.normalize(second.detach()).T
-    return RULES[rule](similarity).fill_diagonal_(0)
+def fixed_importance(first: Tensor, second: Tensor, importance: str) -> Tensor:
+    """alpha [n, n] by the cosines of the first view of i and the second view of j."""
+    distances = 1 - F.normalize(first) @ F.normalize(second).T
+    different = ~torch.eye(len(first), dtype=torch.bool)
+    return pair_importance(distances, distances.diagonal()[:, None], different, TEMPERATURE, importance)
 
 
 def contrast(first: Tensor, second: Tensor, alpha: Tensor) -> Tensor:
@@ -63,14 +71,6 @@ def contrast(first: Tensor, second: Tensor, alpha: Tensor) -> Tensor:
     apart = 0.5 * (alpha * torch.cdist(first, second).square()).sum()
     together = 0.5 * (alpha.sum(dim=1) * (first - second).square().sum(dim=1)).sum()
     return together - apart
-
-
-def alpha_cl_loss(first: Tensor, second: Tensor, rule: str) -> Tensor:
-    """The mean over rows of :func:`contrast` on the unit sphere, with importances of the moment."""
-    first, second = F.normalize(first), F.normalize(second)
-    alpha = pair_importance(first, second, rule)
-    similarity = first @ second.T
-    return (alpha * (similarity - similarity.diagonal()[:, None])).sum(dim=1).mean()
 
 
 def contrastive_covariance(first: Tensor, second: Tensor, alpha: Tensor) -> Tensor:
@@ -149,8 +149,8 @@ def fixed_cases(count: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     batch = images[split(labels)[0][:count]]
     first, second = (augment(batch, generator).flatten(1).double() for _ in range(2))
     first, second = first - first.mean(dim=0), second - first.mean(dim=0)
-    cases = {rule: (first, second, pair_importance(first, second, rule)) for rule in RULES}
-    return cases | {"uniform, one view": (first, first, pair_importance(first, first, "uniform"))}
+    cases = {rule: (first, second, fixed_importance(first, second, rule)) for rule in RULES}
+    return cases | {"uniform, one view": (first, first, fixed_importance(first, first, "uniform"))}
 
 
 def train(rule: str, steps: int, seed: int, images: Tensor, labels: Tensor) -> Accuracy:
@@ -164,7 +164,8 @@ def train(rule: str, steps: int, seed: int, images: Tensor, labels: Tensor) -> A
     kept, _ = split(labels)
     for _ in range(steps):
         batch = images[kept[torch.randperm(len(kept), generator=generator)[:BATCH]]]
-        loss = alpha_cl_loss(model(augment(batch, generator)), model(augment(batch, generator)), rule)
+        z1, z2 = (model(augment(batch, generator)) for _ in range(2))
+        loss = alpha_cl_loss(z1, z2, TEMPERATURE, importance=rule)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -120,7 +120,7 @@ def test_partners_agree_more_often_than_by_chance() -> None:
 def test_contrast_of_linear_outputs_is_a_trace(rule: str) -> None:
     first, second = torch.randn(2, 11, 7, dtype=torch.float64)
     network = torch.randn(3, 7, dtype=torch.float64)
-    alpha = alpha_cl.pair_importance(first, second, rule)
+    alpha = alpha_cl.fixed_importance(first, second, rule)
     assert alpha.diagonal().abs().max() == 0
     loss = 0.0
     for i in range(11):
@@ -134,17 +134,17 @@ def test_contrast_of_linear_outputs_is_a_trace(rule: str) -> None:
 
 def test_uniform_importance_of_one_view_is_pca() -> None:
     rows = torch.randn(40, 6, dtype=torch.float64) * torch.arange(1, 7)
-    alpha = alpha_cl.pair_importance(rows, rows, "uniform")
+    alpha = alpha_cl.fixed_importance(rows, rows, "uniform")
     covariance = alpha_cl.contrastive_covariance(rows, rows, alpha)
     torch.testing.assert_close(covariance, 40 * torch.cov(rows.T))
 
 
-def test_softmax_importance_has_the_gradient_of_info_nce() -> None:
+def test_softmax_importance_has_the_gradient_of_nt_xent() -> None:
     gradients = []
     inputs = torch.randn(2, 13, 5, dtype=torch.float64)
     for loss in (
-        lambda x, y: alpha_cl.alpha_cl_loss(x, y, "softmax") / alpha_cl.TEMPERATURE,
-        lambda x, y: fastcl.info_nce(x, y, alpha_cl.TEMPERATURE),
+        lambda x, y: alpha_cl.alpha_cl_loss(x, y, 0.3, importance="softmax") / 0.3,
+        lambda x, y: fastcl.nt_xent(x, y, 0.3),
     ):
         first, second = (x.clone().requires_grad_() for x in inputs)
         gradients.append(torch.autograd.grad(loss(first, second), (first, second)))
