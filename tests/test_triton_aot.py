@@ -51,13 +51,38 @@ CLIP = Plan(
 )
 INFO_NCE = Plan((Term(Reduce.LSE, NEITHER), Term(Reduce.SUM, Mask(target=True)), Term(Reduce.MAX, NEITHER)))
 
+NEGATIVES, POSITIVES, OTHERS = Mask(label=False), Mask(label=True), Mask(label=True, self_pair=False)
+NT_XENT_TAGS = Plan(
+    (
+        Term(Reduce.LSE, Mask(self_pair=False, target=False, id=False, above=False)),
+        Term(Reduce.SUM, Mask(target=True)),
+    ),
+    symmetric=True,
+)
+SUP_CON = Plan((Term(Reduce.LSE, NEGATIVES), Term(Reduce.LSE, OTHERS), Term(Reduce.SUM, OTHERS)), symmetric=True)
+CLIP_LABELS = Plan(
+    tuple(
+        Term(reduce, mask, axis)
+        for axis in Axis
+        for reduce, mask in ((Reduce.LSE, NEGATIVES), (Reduce.LSE, POSITIVES), (Reduce.SUM, POSITIVES))
+    )
+)
+INFO_NCE_TAGS = Plan((Term(Reduce.LSE, Mask(target=False, id=False, above=False)), Term(Reduce.SUM, Mask(target=True))))
+
+
+def tags(plan: Plan) -> dict[str, tuple[bool, bool, bool]]:
+    """Which tags the plan's kernels are given."""
+    rows = plan.tags_tested(Axis.ROW)
+    return {"row_tags": rows, "column_tags": rows if plan.symmetric else plan.tags_tested(Axis.COLUMN)}
+
+
 WEIGHTS = {"MIRROR": False, "GROUP_M": 8}
-PANEL = {"TERMS": constants(INFO_NCE).row_terms, "USES_SELF": True, "USES_TARGET": True, "GROUP_M": 8}
-ONE_TERM = {"TERMS": ((0, 2, 2),)}
+PANEL = {"TERMS": constants(INFO_NCE).row_terms, "USES_SELF": True, "USES_TARGET": True, "GROUP_M": 8, "LABEL_WIDTH": 0}
+ONE_TERM = {"TERMS": constants(INFO_NCE).row_terms[:1], "LABEL_WIDTH": 0}
 CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("sweep_symmetric", sweep_kernel, constants(NT_XENT).as_arguments()),
     ("sweep", sweep_kernel, constants(CLIP).as_arguments()),
-    ("redo", combine_kernel, {"OWN_IS_ROW": True, "TERMS": constants(NT_XENT).row_terms}),
+    ("redo", combine_kernel, {"OWN_IS_ROW": True, "TERMS": constants(NT_XENT).row_terms, "LABEL_WIDTH": 0}),
     ("weights_symmetric", weights_kernel, constants(NT_XENT).as_arguments() | WEIGHTS | {"MIRROR": True}),
     ("weights", weights_kernel, constants(CLIP).as_arguments() | WEIGHTS),
     ("weights", exponentials_kernel, PANEL),
@@ -85,7 +110,15 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capabilit
     of_operands = {"a_ptr", "b_ptr", "own_ptr", "other_ptr", "panel_ptr", "x_ptr", "unit_ptr"}
     divisible = {"d", "stride_a", "stride_b", "stride_own", "stride_other", "panel_stride"}
     signature, attributes = {}, {}
+    constants = dict(constants)
     for i, name in enumerate(kernel.arg_names):
+        if name.endswith("_tags"):
+            tested = constants.pop(name, (False, False, False))
+            types = ("*i64", "*i64", "*fp32")
+            signature[name] = tuple(t if there else "constexpr" for t, there in zip(types, tested, strict=True))
+            constants |= {(i, k): None for k, there in enumerate(tested) if not there}
+            attributes |= {(i, k): [["tt.divisibility", 16]] for k, there in enumerate(tested) if there}
+            continue
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):

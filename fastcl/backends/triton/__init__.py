@@ -42,8 +42,6 @@ def supports(plan: Plan, operands: Operands) -> str | None:
         return f"the tensors are on {a.device.type}, not on a CUDA device"
     if a.dtype not in _DTYPES:
         return f"{a.dtype} is not one of float32, bfloat16, float16"
-    if not plan.names_pairs:
-        return "a mask tests label, id or above"
     if plan.symmetric and plan.columns:
         return "a symmetric plan's columns are its rows; write the term along rows"
     if plan.symmetric and operands.row0 != operands.col0:
