@@ -97,7 +97,7 @@ class _Counter(TorchDispatchMode):
                 self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, sum(size for _, size in self.live.values()))
 
-    def _cross_entropy(self, a, b, scale, target, positive, weights, text):
+    def _cross_entropy(self, a, b, scale, target, positive, weights, text, tags):
         call = Options.decode(text)
         operands = Operands(a, b, scale, target, call.norm_bound)
         unit = replace(operands, a=torch.empty_like(a), b=None if b is None else torch.empty_like(b))
