@@ -16,6 +16,7 @@ import torch
 import fastcl
 from benchmarks.report import markdown_row
 from fastcl import engine
+from fastcl.losses.multiple_negatives import DIRECTIONS
 from fastcl.terms import Plan
 
 ROWS, DIM = 6, 4
@@ -61,8 +62,20 @@ def variants() -> list[Variant]:
             label_smoothing=smoothing,
         ),
         *of(fastcl.clip_loss, x, y, 2.0, labels=labels, ids=ids, margin=margin, label_smoothing=smoothing),
+        *of(fastcl.clip_distillation_loss, x, y, 2.0, x, y, 3.0),
         *of(fastcl.sup_con_loss, x, tags, 0.5, ids=ids),
+        *of(fastcl.dcl_loss, x, y, 0.5, ids=ids),
+        *of(fastcl.macl_loss, x, y, 0.5, ids=ids),
+        *of(fastcl.debiased_loss, x, y, 0.5, 0.1, ids=ids),
+        *of(fastcl.hard_negative_loss, x, y, 0.5, 0.1, 1.0, ids=ids),
+        *of(fastcl.alpha_cl_loss, x, y, 0.5),
+        *of(fastcl.multiple_negatives_ranking_loss, x, y, 0.5, all_directions={"directions": DIRECTIONS}, ids=ids),
         *of(fastcl.siglip_loss, x, y, 2.0, -1.0),
+        *of(fastcl.binary_nce_loss, x, y, 0.5),
+        *of(fastcl.spectral_contrastive_loss, x, y),
+        *of(fastcl.contrastive_loss, x, tags, 0.1, 0.9),
+        *of(fastcl.triplet_loss, x, tags),
+        *of(fastcl.lifted_structure_loss, x, tags),
     ]
 
 

@@ -1,4 +1,5 @@
-"""The README's tables, from what is in ``benchmarks/results``, and those of docs/gpu-kernels.md, from the cost model.
+"""The README's tables, from what is in ``benchmarks/results``, those of docs/gpu-kernels.md, from the cost model, and
+those of docs/losses.md, from trying every loss.
 
 ``python -m benchmarks status`` rewrites what stands between the pages' markers; ``--check`` only says whether it is
 what it would write. ``results/compiled.json`` is written by hand: devices for which CI compiles a backend ahead of time
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import peak_table, predictions
+from benchmarks import family, peak_table, predictions
 from benchmarks.environment import device_slug
 from benchmarks.report import markdown_row, read_csv
 from fastcl.engine import BACKENDS
@@ -32,13 +33,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a page is stale")
     parser.add_argument("--readme", type=Path, default=ROOT.parent / "README.md")
     parser.add_argument("--gpu-page", type=Path, default=ROOT.parent / "docs" / "gpu-kernels.md")
+    parser.add_argument("--losses-page", type=Path, default=ROOT.parent / "docs" / "losses.md")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     options = parser.parse_args(arguments)
     readme = readme_tables(load_results(options.results), load_compiled(options.results))
-    stale = [
-        _refresh(path, tables, write=not options.check)
-        for path, tables in ((options.readme, readme), (options.gpu_page, predictions.page_tables()))
-    ]
+    pages = (
+        (options.readme, readme),
+        (options.gpu_page, predictions.page_tables()),
+        (options.losses_page, family.page_tables()),
+    )
+    stale = [_refresh(path, tables, write=not options.check) for path, tables in pages]
     return int(options.check and any(stale))
 
 

@@ -95,7 +95,7 @@ def make_operands(
         a=(a * length).to(dtype),
         b=None if plan.symmetric else (b * length).to(dtype),
         scale=torch.tensor(scale),
-        target=target if plan.uses_target else None,
+        target=target if plan.tests("target") else None,
         norm_bound=1.01 if norm is None else None,
     )
     return dataclasses.replace(operands, **fields)
@@ -140,8 +140,10 @@ def check(plan: Plan, operands: Operands, tolerance: float = 5e-6, gradient_tole
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the process it would start is this one")
-@pytest.mark.parametrize("file", [Path(__file__).name, "test_triton_panels.py", "test_triton_launches.py"])
-def test_cases_in_the_interpreter(file: str) -> None:
+@pytest.mark.parametrize(
+    "file", [Path(__file__).name, "test_triton_masks.py", "test_triton_panels.py", "test_triton_launches.py"]
+)
+def test_cases_in_the_interpreter(name: str) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     numpy = pytest.importorskip("numpy")
@@ -150,7 +152,7 @@ def test_cases_in_the_interpreter(file: str) -> None:
     process = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=short"),
-            Path(__file__).with_name(file),
+            Path(__file__).with_name(f"test_triton_{name}.py"),
         ],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
@@ -190,7 +192,7 @@ def test_exceptional_tiles_in_pieces(name: str, scale: float, n: int) -> None:
     plan = PLANS[name]
     with tuning.override(IN_PIECES, workspace_bytes=4 * 32 * 64):
         operands = make_operands(plan, n, n if plan.symmetric else 130, scale=scale)
-        if plan.uses_target:
+        if plan.tests("target"):
             operands = dataclasses.replace(operands, target=(torch.arange(n) + n // 2) % n)
         check(plan, operands, gradient_tolerance=5e-5)
 
@@ -263,7 +265,7 @@ def test_offsets(name: str, row0: int, col0: int) -> None:
     """A shard: self pairs lie on another diagonal or nowhere, and many targets lie outside."""
     plan = PLANS[name]
     operands = make_operands(plan, 45, 37, row0=row0, col0=col0)
-    if plan.uses_target:
+    if plan.tests("target"):
         operands = dataclasses.replace(operands, target=operands.target + col0 - 10)
     check(plan, operands)
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastcl import tuning
 from fastcl.backends import dense, triton
-from fastcl.terms import CrossEntropy, LossAndGradients, Mask, Needs, Operands, Plan, Reduce, Term
+from fastcl.terms import CrossEntropy, LossAndGradients, Mask, Needs, Operands, Plan, Reduce, Tags, Term
 from tests.cases import relative_error
 from tests.test_one_sweep import ALONG_ROWS, BOTH_WAYS, NO_POSITIVE, NOT_TARGET, SYMMETRIC, check, found_gradients, make
 from tests.test_triton_interpreter import INTERPRETED, SMALL_TILES, interpreted
@@ -133,6 +133,29 @@ def test_masks(positive: Mask, negatives: Mask, row0: int, col0: int) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("scale", [2.0, 100.0])
+@pytest.mark.parametrize(
+    "negatives", [Mask(target=False, id=False, above=False), Mask(label=False), Mask(label=True, target=False)], ids=str
+)
+def test_tags(negatives: Mask, scale: float, heights: list[int]) -> None:
+    """At scale 100 some rows are repaired, under the same masks, and some admit nothing."""
+    terms = Term(Reduce.LSE, negatives), Term(Reduce.SUM, Mask(target=True)), Term(Reduce.MAX, Mask(label=False))
+    plan = Plan(terms, label_width=1)
+    operands, head = make(plan, 83, 70, 12, scale=scale)
+    if scale > 2.0:
+        operands.a[::3] = operands.a[0] + 0.1 * operands.a[::3]
+        operands.b[:] = -operands.a[0] + 0.1 * operands.b
+    a, b = (torch.nn.functional.normalize(x, dim=1) for x in (operands.a, operands.b))
+    row_tags = Tags(torch.arange(83) // 9, torch.arange(83) % 5, scale * (a * b.mean(dim=0)).sum(dim=1))
+    column_tags = Tags(torch.arange(70) // 9, torch.arange(70) % 4)
+    operands = replace(operands, a=a, b=b, norm_bound=1.01, row_tags=row_tags, column_tags=column_tags)
+    head = replace(head, normalize=False)
+    got = triton.cross_entropy(plan, operands, head, EVERYTHING)
+    assert heights == [32]
+    check_gradients(got, exact(operands, head, EVERYTHING, plan), tolerance=1e-4)
+
+
+@interpreted
 @EACH_PLAN
 def test_any_combination_of_gradients(plan: Plan) -> None:
     operands, head = make(plan, 40, 30, 9)
@@ -195,6 +218,8 @@ def test_falls_back_where_panels_do_not_serve(heights: list[int]) -> None:
     operands, head = make(NOT_TARGET, 40, 32, 6)
     sparse = Plan((Term(Reduce.LSE, Mask(target=True)), Term(Reduce.SUM, Mask(target=True))))
     two = Plan((Term(Reduce.LSE), Term(Reduce.LSE, Mask(False)), Term(Reduce.SUM, Mask(target=True))))
+    labelled = Plan((Term(Reduce.LSE), Term(Reduce.SUM, Mask(target=True, label=True))))
+    labels = torch.arange(40) % 3
     with tuning.override(SMALL_TILES, workspace_bytes=4 * 32 * 32):
         triton.cross_entropy(NOT_TARGET, operands, head, only_a)
         assert heights == [32]
@@ -206,6 +231,7 @@ def test_falls_back_where_panels_do_not_serve(heights: list[int]) -> None:
             (sparse, operands, head),
             (two, operands, head),
             (Plan((Term(Reduce.LSE), Term(Reduce.SUM))), operands, head),
+            (labelled, replace(operands, row_tags=Tags(labels[:40]), column_tags=Tags(labels[:32])), head),
         ):
             assert triton.cross_entropy(plan, x, h, only_a).gradients.a.isfinite().all()
         triton.cross_entropy(NOT_TARGET, operands, head, Needs(False, False, False))

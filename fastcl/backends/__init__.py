@@ -17,6 +17,9 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why this backend can't run in this process at all, or None where it can."""
 
+    def refuses(self, plan: Plan) -> str | None:
+        """Why no call of this plan can be computed, whatever its operands, or None."""
+
     def supports(self, plan: Plan, operands: Operands) -> str | None:
         """Why this backend can't compute this call, or None where it can."""
 

@@ -63,6 +63,14 @@ def peak_flops(dtype: torch.dtype) -> float:
     return _extension().peak_flops(str(dtype).removeprefix("torch."))
 
 
+def refuses(plan: Plan) -> str | None:
+    for terms in (plan.rows, plan.columns):
+        for reduce, name in ((Reduce.LSE, "log-sum-exp"), (Reduce.SUM, "sum")):
+            if sum(term.reduce is reduce and not term.mask.is_sparse for term in terms) > _MAX_DENSE:
+                return f"more than {_MAX_DENSE} {name} terms along one axis, over more than a few pairs"
+    return None
+
+
 def supports(plan: Plan, operands: Operands) -> str | None:
     if (reason := unavailable()) is not None:
         return reason
@@ -74,11 +82,7 @@ def supports(plan: Plan, operands: Operands) -> str | None:
         return "an operand is empty"
     if plan.symmetric and (plan.columns or operands.b is not None or operands.row0 != operands.col0):
         return "a symmetric plan takes one operand, row terms only, and row0 == col0"
-    for terms in (plan.rows, plan.columns):
-        for reduce, name in ((Reduce.LSE, "log-sum-exp"), (Reduce.SUM, "sum")):
-            if sum(term.reduce is reduce and not term.mask.is_sparse for term in terms) > _MAX_DENSE:
-                return f"more than {_MAX_DENSE} {name} terms along one axis, over more than a few pairs"
-    return None
+    return refuses(plan)
 
 
 def statistics(plan: Plan, operands: Operands) -> Statistics:

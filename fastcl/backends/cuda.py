@@ -44,6 +44,10 @@ def unavailable() -> str | None:
     return reason
 
 
+def refuses(plan: Plan) -> str | None:
+    return None if plan.names_pairs else "a mask tests label, id or above"
+
+
 def supports(plan: Plan, operands: Operands) -> str | None:
     if (reason := unavailable()) is not None:
         return reason
@@ -60,11 +64,9 @@ def supports(plan: Plan, operands: Operands) -> str | None:
         return f"an operand has more than {_extension().MOST_ROWS} rows"
     if plan.symmetric and (plan.columns or operands.b is not None or operands.row0 != operands.col0):
         return "a symmetric plan takes one operand, row terms only, and row0 == col0"
-    if not plan.names_pairs:
-        return "a mask tests label, id or above"
     if max(len(plan.rows), len(plan.columns)) > _extension().MOST_TERMS:
         return f"more than {_extension().MOST_TERMS} terms along one axis"
-    return None
+    return refuses(plan)
 
 
 def statistics(plan: Plan, operands: Operands) -> Statistics:

@@ -30,6 +30,10 @@ def unavailable() -> str | None:
     return None
 
 
+def refuses(plan: Plan) -> str | None:
+    return None
+
+
 def supports(plan: Plan, operands: Operands) -> str | None:
     return None
 

@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 
-KERNELS = ("sweep", "sweep_symmetric", "redo", "weights", "weights_symmetric")
-"""A symmetric plan walks a triangle of tiles, which must be square."""
+KERNELS = (
+    *("sweep", "sweep_symmetric", "redo", "weights", "weights_symmetric"),
+    *("sweep_tags", "sweep_symmetric_tags", "weights_tags", "weights_symmetric_tags"),
+)
+"""A symmetric plan walks a triangle of tiles, which must be square. Masks that test tags take registers."""
 PRECISIONS = ("half", "tf32", "float32")
 
 

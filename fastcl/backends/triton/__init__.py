@@ -33,6 +33,12 @@ def unavailable() -> str | None:
     return None
 
 
+def refuses(plan: Plan) -> str | None:
+    if plan.symmetric and plan.columns:
+        return "a symmetric plan's columns are its rows; write the term along rows"
+    return None
+
+
 def supports(plan: Plan, operands: Operands) -> str | None:
     reason = unavailable()
     if reason is not None:
@@ -42,15 +48,11 @@ def supports(plan: Plan, operands: Operands) -> str | None:
         return f"the tensors are on {a.device.type}, not on a CUDA device"
     if a.dtype not in _DTYPES:
         return f"{a.dtype} is not one of float32, bfloat16, float16"
-    if not plan.names_pairs:
-        return "a mask tests label, id or above"
-    if plan.symmetric and plan.columns:
-        return "a symmetric plan's columns are its rows; write the term along rows"
     if plan.symmetric and operands.row0 != operands.col0:
         return f"a symmetric plan needs row0 == col0, got {operands.row0} and {operands.col0}"
     if 0 in (*operands.shape, a.shape[1]):
         return "an operand is empty"
-    return None
+    return refuses(plan)
 
 
 def statistics(plan: Plan, operands: Operands) -> Statistics:

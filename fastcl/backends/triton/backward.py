@@ -17,7 +17,7 @@ from torch import Tensor
 from fastcl import tuning
 from fastcl.backends.triton import launch
 from fastcl.backends.triton.kernels.weights import weights_kernel
-from fastcl.backends.triton.plan import MAX_CODE, Constants, TermCode, constants
+from fastcl.backends.triton.plan import MAX_CODE, Constants, TermCode, constants, table_entry
 from fastcl.terms import Plan, Products, Statistics
 
 _PANEL_ROWS = 8192
@@ -63,7 +63,7 @@ def gradient(
     # the first panel of a row or column block overwrites what is there
     grad_a = torch.empty(n, d, dtype=torch.float32, device=x.a.device) if needs_a else None
     grad_b = torch.empty(m, d, dtype=torch.float32, device=x.a.device) if needs_b else None
-    config = launch.configuration("weights_symmetric" if plan.symmetric else "weights", x.a, n, m)
+    config = launch.configuration(table_entry("weights", plan), x.a, n, m)
     height, width = _panel_shape(n, m, x.a, config)
     panels = list(_panels(n, m, height, width, plan.symmetric))
     panel_rows, panel_columns = map(max, zip(*(panel.shape for panel in panels), strict=True))
@@ -82,6 +82,8 @@ def gradient(
                 x.scale,
                 x.shift,
                 x.target,
+                x.row_tags,
+                x.column_tags,
                 row_statistics,
                 column_statistics,
                 row_incoming,
@@ -153,7 +155,7 @@ def _multiplier(codes: Constants, row_incoming: Tensor, column_incoming: Tensor,
 
 def _largest_sum(terms: tuple[TermCode, ...], incoming: Tensor) -> Tensor:
     zero = torch.zeros((), dtype=torch.float32, device=incoming.device)
-    return sum((incoming[t].abs().amax() for t, (reduce, _, _) in enumerate(terms) if reduce != MAX_CODE), zero)
+    return sum((incoming[t].abs().amax() for t, (reduce, *_) in enumerate(terms) if reduce != MAX_CODE), zero)
 
 
 def _unscaled(grad: Tensor | None, multiplier: Tensor | None) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.backends.triton import launch
 from fastcl.backends.triton.kernels.combine import combine_kernel
 from fastcl.backends.triton.kernels.sweep import sweep_kernel
-from fastcl.backends.triton.plan import TermCode, constants
+from fastcl.backends.triton.plan import Constants, TermCode, constants, table_entry
 from fastcl.terms import Plan, Statistics
 
 _MOST_SUPER_TILES = 32
@@ -20,7 +20,7 @@ _MOST_SUPER_TILES = 32
 def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
     codes = constants(plan)
     n, m, d = x.shape
-    config = launch.configuration("sweep_symmetric" if plan.symmetric else "sweep", x.a, n, m)
+    config = launch.configuration(table_entry("sweep", plan), x.a, n, m)
     super_rows, row_slots = _super_tiles(n, config.block_m)
     super_columns, column_slots = _super_tiles(m, config.block_n)
     row_partials = _partials(codes.row_terms, column_slots, n, x.a)
@@ -32,6 +32,8 @@ def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
             x.scale,
             x.shift,
             x.target,
+            x.row_tags,
+            x.column_tags,
             row_partials,
             column_partials,
             n,
@@ -45,10 +47,10 @@ def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
             super_columns,
             **launch.constant_arguments(codes, x, config),
         )
-        rows = finished(codes.row_terms, row_partials, x, own_is_row=True)
+        rows = finished(codes, row_partials, x, own_is_row=True)
         if plan.symmetric:
             return Statistics(rows, rows.new_empty(0, m))
-        return Statistics(rows, finished(codes.column_terms, column_partials, x, own_is_row=False))
+        return Statistics(rows, finished(codes, column_partials, x, own_is_row=False))
 
 
 def _super_tiles(count: int, multiple: int) -> tuple[int, int]:
@@ -62,13 +64,15 @@ def _partials(terms: tuple[TermCode, ...], slots: int, count: int, like: Tensor)
     return torch.empty(len(terms), slots, count, dtype=torch.float32, device=like.device)
 
 
-def finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, own_is_row: bool) -> Tensor:
+def finished(codes: Constants, partials: Tensor, x: launch.Inputs, own_is_row: bool) -> Tensor:
     """The statistics [terms, count] of rows or columns from their partial results [terms, slots, count]."""
+    terms = codes.row_terms if own_is_row else codes.column_terms
     _, slots, count = partials.shape
     result = torch.empty(len(terms), count, dtype=torch.float32, device=partials.device)
     if not terms:
         return result
     own, other = (x.a, x.b) if own_is_row else (x.b, x.a)
+    own_tags, other_tags = (x.row_tags, x.column_tags) if own_is_row else (x.column_tags, x.row_tags)
     config = launch.configuration("redo", x.a, own.shape[0], other.shape[0])
     combine_kernel[(triton.cdiv(count, config.block_m),)](
         partials,
@@ -78,6 +82,8 @@ def finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, ow
         x.scale,
         x.shift,
         x.target,
+        own_tags,
+        other_tags,
         own.shape[0],
         other.shape[0],
         own.shape[1],
@@ -89,6 +95,7 @@ def finished(terms: tuple[TermCode, ...], partials: Tensor, x: launch.Inputs, ow
         slots,
         OWN_IS_ROW=own_is_row,
         TERMS=terms,
+        LABEL_WIDTH=codes.label_width,
         **launch.tile_arguments(x, config),
     )
     return result

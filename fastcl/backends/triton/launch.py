@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl import tuning
 from fastcl.backends.shift import fixed_shift, flag_threshold
 from fastcl.backends.triton.plan import Constants
-from fastcl.terms import Operands
+from fastcl.terms import Operands, Tags
 
 _FLOAT32_PRECISION = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
 
@@ -24,6 +24,8 @@ class Inputs(NamedTuple):
     scale: Tensor
     shift: Tensor
     target: Tensor | None
+    row_tags: Tags
+    column_tags: Tags
     first_column: int
     self_offset: int
     threshold: float
@@ -38,12 +40,15 @@ def inputs(operands: Operands, shift: Tensor | None = None) -> Inputs:
     """The operands for the kernels; ``shift`` is their fixed shift where it is known."""
     n, m = operands.shape
     a = _unit_stride(operands.a)
+    row_tags = _contiguous(operands.row_tags)
     return Inputs(
         a=a,
         b=a if operands.b is None else _unit_stride(operands.b),
         scale=operands.scale,
         shift=fixed_shift(operands, operands.scale.detach().float()) if shift is None else shift,
         target=operands.target,
+        row_tags=row_tags,
+        column_tags=row_tags if operands.b is None else _contiguous(operands.column_tags),
         first_column=operands.col0,
         # beyond [-n, m] no pair of this S is a self pair, and so it stays when clamped
         self_offset=max(-n, min(operands.row0 - operands.col0, m)),
@@ -87,6 +92,10 @@ def tile_arguments(x: Inputs, config: tuning.Config) -> dict[str, Any]:
 def vector(x: Tensor | None) -> Tensor | None:
     """Numbers for each row, as the kernels read them."""
     return None if x is None else x.detach().float().contiguous()
+
+
+def _contiguous(tags: Tags) -> Tags:
+    return Tags(*(None if tag is None else tag.contiguous() for tag in tags))
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -21,7 +21,7 @@ from fastcl.backends.triton.backward import GROUP_M, MOST_ELEMENTS, add_product,
 from fastcl.backends.triton.forward import finished
 from fastcl.backends.triton.kernels.exponentials import exponentials_kernel, repair_kernel
 from fastcl.backends.triton.kernels.head import head_kernel
-from fastcl.backends.triton.plan import LSE_CODE, SUM_CODE, Constants, TermCode, constants
+from fastcl.backends.triton.plan import LSE_CODE, SUM_CODE, Constants, TermCode, constants, table_entry
 from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Reduce, Statistics
 
 _LOWEST_PANEL = 1024
@@ -39,10 +39,12 @@ def panel_rows(plan: Plan, x: launch.Inputs, head: CrossEntropy) -> int:
     sums = [term.mask.is_sparse for term in plan.rows if term.reduce is Reduce.SUM]
     if plan.symmetric or plan.columns or denses != [False] or (head.positive is None and sums != [True]):
         return 0
+    if head.positive is None and not all(term.mask.names_pairs for term in plan.rows if term.reduce is Reduce.SUM):
+        return 0  # the head looks for the positive where the self pair or the target is
     if x.a.dtype is torch.float16:
         return 0  # it can't hold the range of E
     n, m, _ = x.shape
-    config = launch.configuration("weights", x.a, n, m)
+    config = launch.configuration(table_entry("weights", plan), x.a, n, m)
     elements = min(tuning.workspace_bytes(launch.capability(x.a)) // x.a.element_size(), MOST_ELEMENTS)
     fitting = elements // round_up(m, config.block_n) // config.block_m * config.block_m
     if fitting < min(_LOWEST_PANEL, n):
@@ -68,7 +70,7 @@ def cross_entropy(
     x = x._replace(shift=x.shift + _RAISED_BY)
     n, m, d = x.shape
     codes = constants(plan)
-    config = launch.configuration("weights", x.a, n, m)
+    config = launch.configuration(table_entry("weights", plan), x.a, n, m)
     workspace = x.a.new_empty(height, round_up(m, config.block_n))
 
     def empty(*shape: int) -> Tensor:
@@ -98,7 +100,8 @@ def cross_entropy(
 
 def _rows_of(x: launch.Inputs, rows: slice) -> launch.Inputs:
     target = None if x.target is None else x.target[rows]
-    return x._replace(a=x.a[rows], target=target, self_offset=x.self_offset + rows.start)
+    tags = x.row_tags.part(rows)
+    return x._replace(a=x.a[rows], target=target, row_tags=tags, self_offset=x.self_offset + rows.start)
 
 
 def _rows_of_head(head: CrossEntropy, rows: slice) -> CrossEntropy:
@@ -117,6 +120,8 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
         x.scale,
         x.shift,
         x.target,
+        x.row_tags,
+        x.column_tags,
         partials,
         panel,
         n,
@@ -130,10 +135,11 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
         TERMS=codes.row_terms,
         USES_SELF=codes.uses_self,
         USES_TARGET=codes.uses_target,
+        LABEL_WIDTH=codes.label_width,
         GROUP_M=GROUP_M,
         **launch.tile_arguments(x, config),
     )
-    statistics = finished(codes.row_terms, partials, x, own_is_row=True)
+    statistics = finished(codes, partials, x, own_is_row=True)
     lse, term = _of(codes, statistics, LSE_CODE)
     config = launch.configuration("redo", x.a, n, m)
     sharing = min(triton.cdiv(m, config.block_n), _PROGRAMS_OF_A_REPAIR)
@@ -143,6 +149,8 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
         x.scale,
         x.shift,
         x.target,
+        x.row_tags,
+        x.column_tags,
         lse,
         panel,
         n,
@@ -155,6 +163,7 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
         x.threshold,
         panel.stride(0),
         TERMS=(term,),
+        LABEL_WIDTH=codes.label_width,
         **launch.tile_arguments(x, config),
     )
     return statistics

@@ -6,12 +6,13 @@ evaluate their masks on (j, i) there.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from fastcl.terms import Plan, Reduce, Term
 
-TermCode = tuple[int, int, int]
-"""(reduce, self test, target test), as ``kernels/tile.py`` names them."""
+TermCode = tuple[int, int, int, int, int, int]
+"""A reduction, then the tests of a :class:`fastcl.terms.Mask` in their order, as ``kernels/tile.py`` names them."""
 
 LSE_CODE, SUM_CODE, MAX_CODE = range(3)
 _REDUCES = {Reduce.LSE: LSE_CODE, Reduce.SUM: SUM_CODE, Reduce.MAX: MAX_CODE}
@@ -26,6 +27,7 @@ class Constants(NamedTuple):
     symmetric: bool
     uses_self: bool
     uses_target: bool
+    label_width: int
 
     def as_arguments(self) -> dict[str, Any]:
         return {name.upper(): value for name, value in self._asdict().items()}
@@ -39,8 +41,14 @@ def constants(plan: Plan) -> Constants:
         symmetric=plan.symmetric,
         uses_self=any(term.mask.self_pair is not None for term in plan.terms),
         uses_target=plan.tests("target"),
+        label_width=plan.label_width,
     )
 
 
+def table_entry(kernel: str, plan: Plan) -> str:
+    """Which entry of a tuning table holds the tiles of a kernel for this plan."""
+    return kernel + ("_symmetric" if plan.symmetric else "") + ("" if plan.names_pairs else "_tags")
+
+
 def _code(term: Term) -> TermCode:
-    return _REDUCES[term.reduce], _TESTS[term.mask.self_pair], _TESTS[term.mask.target]
+    return _REDUCES[term.reduce], *(_TESTS[getattr(term.mask, test.name)] for test in fields(term.mask))

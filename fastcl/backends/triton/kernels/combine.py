@@ -41,6 +41,8 @@ def combine_kernel(
     scale_ptr,
     shift_ptr,
     target_ptr,
+    own_tags,
+    other_tags,
     own_count,
     other_count,
     d,
@@ -52,6 +54,7 @@ def combine_kernel(
     slots,
     OWN_IS_ROW: tl.constexpr,
     TERMS: tl.constexpr,
+    LABEL_WIDTH: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -65,8 +68,8 @@ def combine_kernel(
         result = _combined(first_slot, scale_ptr, shift_ptr, index, own_count, slots, TERMS[t][0], BLOCK_M)
         if TERMS[t][0] == LSE:
             result = redone(
-                result, own_ptr, other_ptr, scale_ptr, tl.load(shift_ptr), target_ptr, index, own_count, other_count, d,
-                stride_own, stride_other, self_offset, first_column, threshold,
-                OWN_IS_ROW, TERMS, t, EVEN_D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+                result, own_ptr, other_ptr, scale_ptr, tl.load(shift_ptr), target_ptr, own_tags, other_tags,
+                index, own_count, other_count, d, stride_own, stride_other, self_offset, first_column, threshold,
+                OWN_IS_ROW, TERMS, t, LABEL_WIDTH, EVEN_D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         tl.store(statistics_ptr + t * own_count + index, result, mask=index < own_count)

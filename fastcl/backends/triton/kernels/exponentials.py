@@ -14,10 +14,13 @@ from fastcl.backends.triton.kernels.tile import (
     ALONG_ROWS,
     LOG2_E,
     LSE,
+    above_test,
     banded_tile,
     holds_exceptional,
     inner_products,
+    load_tags,
     pair_tests,
+    tag_tests,
     target_columns,
     where_admitted,
 )
@@ -30,15 +33,12 @@ def flagged_rows(lse, shift, threshold):
 
 
 @triton.jit
-def _exponentials(
-    products, scale, shift_log2, inside, tests, TERMS: tl.constexpr, MASKED: tl.constexpr
-):  # fmt: skip
+def _exponentials(products, scale, shift_log2, inside, tests, TERMS: tl.constexpr):
     """E of the plan's one log-sum-exp; the compiler sees that its sum needs the same numbers."""
     values = tl.exp2(products * (scale * LOG2_E) - shift_log2)
-    if MASKED:
-        for t in tl.static_range(len(TERMS)):
-            if TERMS[t][0] == LSE:
-                values = where_admitted(values, 0.0, inside, tests, TERMS, t)
+    for t in tl.static_range(len(TERMS)):
+        if TERMS[t][0] == LSE:
+            values = where_admitted(values, 0.0, inside, tests, TERMS, t)
     return values
 
 
@@ -49,6 +49,8 @@ def exponentials_kernel(
     scale_ptr,
     shift_ptr,
     target_ptr,
+    row_tags,
+    column_tags,
     partials_ptr,
     panel_ptr,
     n,
@@ -62,6 +64,7 @@ def exponentials_kernel(
     TERMS: tl.constexpr,
     USES_SELF: tl.constexpr,
     USES_TARGET: tl.constexpr,
+    LABEL_WIDTH: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -86,17 +89,20 @@ def exponentials_kernel(
     shift_log2 = tl.load(shift_ptr) * LOG2_E
 
     row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
+    of_rows = load_tags(row_tags, rows, n)
+    of_tags = tag_tests(of_rows, load_tags(column_tags, columns, m), LABEL_WIDTH)
+    of_tags = of_tags + above_test(products, scale, of_rows, ALONG_ROWS)
     partials = all_nothing(BLOCK_M, TERMS)
     if holds_exceptional(
         i0, j0, n, m, self_offset, row_targets, row_targets, False, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N
     ):
         inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
-        tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
-        exponentials = _exponentials(products, scale, shift_log2, inside, tests, TERMS, True)
+        tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS) + of_tags
+        exponentials = _exponentials(products, scale, shift_log2, inside, tests, TERMS)
         partials = merge_tile(partials, products, scale, shift_log2, inside, tests, TERMS, ALONG_ROWS, True)
     else:
-        exponentials = _exponentials(products, scale, shift_log2, None, (), TERMS, False)
-        partials = merge_tile(partials, products, scale, shift_log2, None, (), TERMS, ALONG_ROWS, False)
+        exponentials = _exponentials(products, scale, shift_log2, None, of_tags, TERMS)
+        partials = merge_tile(partials, products, scale, shift_log2, None, of_tags, TERMS, ALONG_ROWS, False)
 
     for t in tl.static_range(len(TERMS)):
         tl.store(partials_ptr + tl.cast(t * tiles_n + tile_n, tl.int64) * n + rows, partials[t], mask=rows < n)
@@ -112,6 +118,8 @@ def repair_kernel(
     scale_ptr,
     shift_ptr,
     target_ptr,
+    row_tags,
+    column_tags,
     lse_ptr,
     panel_ptr,
     n,
@@ -124,6 +132,7 @@ def repair_kernel(
     threshold,
     panel_stride,
     TERMS: tl.constexpr,
+    LABEL_WIDTH: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -137,10 +146,12 @@ def repair_kernel(
     if tl.max(flagged.to(tl.int32), axis=0) == 0:
         return
 
-    scale_log2 = tl.load(scale_ptr) * LOG2_E
+    scale = tl.load(scale_ptr)
+    scale_log2 = scale * LOG2_E
     lse_log2 = tl.where(flagged, lse * LOG2_E, float("inf"))
     USES_TARGET: tl.constexpr = TERMS[0][2] != ABSENT
     targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
+    of_rows = load_tags(row_tags, rows, n)
     panel_rows = panel_ptr + rows.to(tl.int64)[:, None] * panel_stride
     for j0 in range(tl.program_id(1) * BLOCK_N, m, tl.num_programs(1) * BLOCK_N):
         columns = j0 + tl.arange(0, BLOCK_N)
@@ -148,6 +159,8 @@ def repair_kernel(
             a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
         )
         tests = pair_tests(rows, columns, self_offset, targets, ALONG_ROWS)
+        tests = tests + tag_tests(of_rows, load_tags(column_tags, columns, m), LABEL_WIDTH)
+        tests = tests + above_test(products, scale, of_rows, ALONG_ROWS)
         values = tl.exp2(products * scale_log2 - lse_log2[:, None])
         values = where_admitted(values, 0.0, None, tests, TERMS, 0)
         there = flagged[:, None] & (columns < m)[None, :]

@@ -14,11 +14,19 @@ from fastcl.backends.triton.kernels.tile import (
     LN_2,
     LOG2_E,
     REQUIRED,
+    above_test,
     inner_products,
+    load_tags,
     pair_tests,
+    tag_tests,
     target_columns,
     where_admitted,
 )
+
+
+@triton.jit
+def _any(test):
+    return tl.max(tl.max(test.to(tl.int32), axis=1), axis=0) > 0
 
 
 @triton.jit
@@ -29,6 +37,8 @@ def redone(
     scale_ptr,
     shift,
     target_ptr,
+    own_tags_ptrs,
+    other_tags_ptrs,
     own,
     own_count,
     other_count,
@@ -41,6 +51,7 @@ def redone(
     OWN_IS_ROW: tl.constexpr,
     TERMS: tl.constexpr,
     T: tl.constexpr,
+    LABEL_WIDTH: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -50,7 +61,9 @@ def redone(
     """The log-sum-exps of the own side, rows of S or its columns, in place of those ``fixed`` that are flagged."""
     flagged = (fixed - shift < threshold) & (own < own_count)
     if tl.max(flagged.to(tl.int32), axis=0) > 0:
-        scale_log2 = tl.load(scale_ptr) * LOG2_E
+        scale = tl.load(scale_ptr)
+        scale_log2 = scale * LOG2_E
+        own_tags = load_tags(own_tags_ptrs, own, own_count)
         USES_TARGET: tl.constexpr = TERMS[T][2] != ABSENT
         targets = own
         if OWN_IS_ROW:
@@ -61,21 +74,26 @@ def redone(
             other = start + tl.arange(0, BLOCK_N)
             inside = (own < own_count)[:, None] & (other < other_count)[None, :]
             if OWN_IS_ROW:
-                tests = pair_tests(own, other, self_offset, targets, ALONG_ROWS)
+                of_pairs = pair_tests(own, other, self_offset, targets, ALONG_ROWS)
             else:
                 targets_of_other = target_columns(target_ptr, other, other_count, own_count, first_column, USES_TARGET)
-                tests = pair_tests(own, other, -self_offset, targets_of_other, ALONG_COLUMNS)
+                of_pairs = pair_tests(own, other, -self_offset, targets_of_other, ALONG_COLUMNS)
+            of_tags = tag_tests(own_tags, load_tags(other_tags_ptrs, other, other_count), LABEL_WIDTH)
 
-            # a mask that requires a test leaves nearly every tile without a pair
+            # a mask that requires a test leaves nearly every tile without a pair, and an empty row all of them
             needed = True
-            for k in tl.static_range(len(tests)):
+            for k in tl.static_range(len(of_pairs)):
                 if TERMS[T][k + 1] == REQUIRED:
-                    needed = needed & (tl.max(tl.max(tests[k].to(tl.int32), axis=1), axis=0) > 0)
+                    needed = needed & _any(of_pairs[k])
+            for k in tl.static_range(len(of_tags)):
+                if TERMS[T][len(of_pairs) + k + 1] == REQUIRED:
+                    needed = needed & _any(of_tags[k] & flagged[:, None])
             if needed:
                 products = inner_products(
                     own_ptr, other_ptr, own, other, own_count, other_count, d, stride_own, stride_other,
                     BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
                 )  # fmt: skip
+                tests = of_pairs + of_tags + above_test(products, scale, own_tags, ALONG_ROWS)
                 logits = where_admitted(products * scale_log2, float("-inf"), inside, tests, TERMS, T)
                 new_largest = tl.maximum(largest, tl.max(logits, axis=1))
                 base = tl.where(new_largest == float("-inf"), 0.0, new_largest)

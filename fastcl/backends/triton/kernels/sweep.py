@@ -18,10 +18,13 @@ from fastcl.backends.triton.kernels.tile import (
     LSE,
     MAX,
     SUM,
+    above_test,
     holds_exceptional,
     inner_products,
+    load_tags,
     pair_tests,
-    requires_a_test,
+    requires_a_pair,
+    tag_tests,
     target_columns,
     where_admitted,
 )
@@ -68,7 +71,6 @@ def _reduce_term(
     TERMS: tl.constexpr,
     T: tl.constexpr,
     AXIS: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
     """One term's partial result over a tile; a sum is left unscaled."""
     REDUCE: tl.constexpr = TERMS[T][0]
@@ -79,21 +81,16 @@ def _reduce_term(
         values = products
     else:
         values = products * scale
-    if MASKED:
-        if REDUCE == MAX:
-            values = where_admitted(values, float("-inf"), inside, tests, TERMS, T)
-        else:
-            values = where_admitted(values, 0.0, inside, tests, TERMS, T)
     if REDUCE == MAX:
-        return tl.reduce(values, AXIS, largest)
+        return tl.reduce(where_admitted(values, float("-inf"), inside, tests, TERMS, T), AXIS, largest)
     else:
-        return tl.sum(values, axis=AXIS)
+        return tl.sum(where_admitted(values, 0.0, inside, tests, TERMS, T), axis=AXIS)
 
 
 @triton.constexpr_function
 def has_part(terms, t, masked):
-    """Whether a tile can add to term t: one that is not exceptional has no pair that a test names."""
-    return masked or not requires_a_test(terms, t)
+    """Whether a tile can add to term t: one that is not exceptional has no self pair and no target."""
+    return masked or not requires_a_pair(terms, t)
 
 
 @triton.jit
@@ -112,7 +109,7 @@ def merge_tile(
     merged = ()
     for t in tl.static_range(len(TERMS)):
         if has_part(TERMS, t, MASKED):
-            partial = _reduce_term(products, scale, shift_log2, inside, tests, TERMS, t, AXIS, MASKED)
+            partial = _reduce_term(products, scale, shift_log2, inside, tests, TERMS, t, AXIS)
             merged = merged + (merge(partials[t], partial, TERMS[t][0]),)
         else:
             merged = merged + (partials[t],)
@@ -159,6 +156,8 @@ def _sweep_piece(
     scale,
     shift_log2,
     target_ptr,
+    row_tags_ptrs,
+    column_tags_ptrs,
     row_partials_ptr,
     column_partials_ptr,
     i0,
@@ -174,6 +173,7 @@ def _sweep_piece(
     COLUMN_TERMS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     USES_TARGET: tl.constexpr,
+    LABEL_WIDTH: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     PIECE: tl.constexpr,
@@ -186,8 +186,12 @@ def _sweep_piece(
     products = inner_products(
         a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, PIECE, PIECE, BLOCK_D, EVEN_D, PRECISION
     )
+    row_tags = load_tags(row_tags_ptrs, rows, n)
+    column_tags = load_tags(column_tags_ptrs, columns, m)
+    of_tags = tag_tests(row_tags, column_tags, LABEL_WIDTH)
     row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
-    tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
+    of_pairs = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
+    tests = of_pairs + of_tags + above_test(products, scale, row_tags, ALONG_ROWS)
     # one comparison a pair: rows and columns over the edge get an empty range
     inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
     partials = _load(row_partials_ptr, rows, n, tl.num_programs(1), c, ROW_TERMS, PIECE, True)
@@ -199,7 +203,8 @@ def _sweep_piece(
         inside = rows[:, None] < tl.where(columns < m, n, 0)[None, :]
         if SYMMETRIC:
             column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
-            tests = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
+            of_pairs = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
+        tests = of_pairs + of_tags + above_test(products, scale, column_tags, ALONG_COLUMNS)
         partials = _load(column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS, PIECE, True)
         partials = merge_tile(partials, products, scale, shift_log2, inside, tests, COLUMN_TERMS, ALONG_COLUMNS, True)
         _store(column_partials_ptr, partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS, True)
@@ -212,6 +217,8 @@ def sweep_kernel(
     scale_ptr,
     shift_ptr,
     target_ptr,
+    row_tags,
+    column_tags,
     row_partials_ptr,
     column_partials_ptr,
     n,
@@ -228,6 +235,7 @@ def sweep_kernel(
     SYMMETRIC: tl.constexpr,
     USES_SELF: tl.constexpr,
     USES_TARGET: tl.constexpr,
+    LABEL_WIDTH: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     PIECE: tl.constexpr,
@@ -235,7 +243,10 @@ def sweep_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: (super-tiles in a column, super-tiles in a row). Partials are [terms, slots, count]."""
+    """Grid: (super-tiles in a column, super-tiles in a row). Partials are [terms, slots, count].
+
+    Tags are labels, ids and thresholds, each None where no mask looks at it.
+    """
     r = tl.program_id(0)
     c = tl.program_id(1)
     if SYMMETRIC:
@@ -274,9 +285,11 @@ def sweep_kernel(
                         first_piece = tl.maximum(j0, i)
                     for j in range(first_piece, tl.minimum(j0 + BLOCK_N, m), PIECE):
                         _sweep_piece(
-                            a_ptr, b_ptr, scale, shift_log2, target_ptr, row_partials_ptr, column_partials_ptr,
+                            a_ptr, b_ptr, scale, shift_log2, target_ptr, row_tags, column_tags,
+                            row_partials_ptr, column_partials_ptr,
                             i, j, n, m, d, stride_a, stride_b, self_offset, first_column,
-                            ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, EVEN_D, PRECISION, PIECE, BLOCK_D,
+                            ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, LABEL_WIDTH,
+                            EVEN_D, PRECISION, PIECE, BLOCK_D,
                         )  # fmt: skip
             else:
                 # asked for before the products, so that nobody waits for it after them
@@ -287,11 +300,16 @@ def sweep_kernel(
                     a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b,
                     BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
                 )  # fmt: skip
+                of_rows = load_tags(row_tags, rows, n)
+                of_columns = load_tags(column_tags, columns, m)
+                of_tags = tag_tests(of_rows, of_columns, LABEL_WIDTH)
+                tests = of_tags + above_test(products, scale, of_rows, ALONG_ROWS)
                 row_partials = merge_tile(
-                    row_partials, products, scale, shift_log2, None, (), ROW_TERMS, ALONG_ROWS, False
+                    row_partials, products, scale, shift_log2, None, tests, ROW_TERMS, ALONG_ROWS, False
                 )
+                tests = of_tags + above_test(products, scale, of_columns, ALONG_COLUMNS)
                 column_partials = merge_tile(
-                    column_partials, products, scale, shift_log2, None, (), COLUMN_TERMS, ALONG_COLUMNS, False
+                    column_partials, products, scale, shift_log2, None, tests, COLUMN_TERMS, ALONG_COLUMNS, False
                 )
                 _store(column_partials_ptr, column_partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS, False)
         so_far = _load(row_partials_ptr, rows, n, tl.num_programs(1), c, ROW_TERMS, BLOCK_M, False)

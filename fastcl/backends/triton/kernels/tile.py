@@ -1,7 +1,8 @@
 """What every kernel does with one tile of S: form it, and find the pairs in it that a mask treats apart.
 
 A mask names at most two pairs of a row i: the self pair and the target. A tile that holds none of them, and neither
-crosses the diagonal of a symmetric plan nor hangs over an edge, needs no mask at all; most tiles are of that kind.
+crosses the diagonal of a symmetric plan nor hangs over an edge, needs none of these tests; most tiles are of that kind.
+What rows and columns are tagged with (fastcl.terms.Tags) is tested wherever a plan's masks ask for it.
 """
 
 import triton
@@ -106,7 +107,9 @@ def holds_exceptional(
 
 @triton.jit
 def pair_tests(rows, columns, self_offset, targets, TARGETS_OF: tl.constexpr):
-    """The tests of a mask (fastcl.terms.Mask) on each pair of a tile, in the order in which a term's code names them.
+    """The tests for the self pair and the target on each pair of a tile.
+
+    A tuple of tests is this, then tag_tests, then above_test: the order in which a term's code names them.
 
     ``targets`` are those of the rows, or in a symmetric plan's mirror image (j, i) those of the columns.
     """
@@ -118,10 +121,44 @@ def pair_tests(rows, columns, self_offset, targets, TARGETS_OF: tl.constexpr):
     return is_self, is_target
 
 
+@triton.jit
+def load_tags(tags, index, count):
+    """Labels, ids and thresholds of some rows or columns.
+
+    The index stands for one that is None because no mask looks at it; the compiler drops what is made of that.
+    """
+    labels, ids, threshold = index, index, index
+    if tags[0] is not None:
+        labels = tl.load(tags[0] + index, mask=index < count, other=0)
+    if tags[1] is not None:
+        ids = tl.load(tags[1] + index, mask=index < count, other=0)
+    if tags[2] is not None:
+        threshold = tl.load(tags[2] + index, mask=index < count, other=0.0)
+    return labels, ids, threshold
+
+
+@triton.jit
+def tag_tests(row_tags, column_tags, LABEL_WIDTH: tl.constexpr):
+    """The tests of labels and of ids on each pair of a tile."""
+    if LABEL_WIDTH == 0:
+        is_label = row_tags[0][:, None] == column_tags[0][None, :]
+    else:
+        # |x - y| <= w in one comparison: x - y + w, which wraps to a huge number where it is negative
+        lowest = column_tags[0] - LABEL_WIDTH
+        is_label = (row_tags[0][:, None] - lowest[None, :]).to(tl.uint64) <= 2 * LABEL_WIDTH
+    return is_label, row_tags[1][:, None] == column_tags[1][None, :]
+
+
+@triton.jit
+def above_test(products, scale, tags, AXIS: tl.constexpr):
+    """The test against the thresholds of the side that a term is along."""
+    return (products * scale > spread(tags[2], AXIS),)
+
+
 @triton.constexpr_function
-def requires_a_test(terms, t):
-    """Whether the mask of term t admits only the pairs that a test names."""
-    return REQUIRED.value in terms[t][1:]
+def requires_a_pair(terms, t):
+    """Whether the mask of term t admits only the self pair or the target."""
+    return REQUIRED.value in terms[t][1:3]
 
 
 @triton.jit
@@ -129,14 +166,16 @@ def where_admitted(values, nothing, inside, tests, TERMS: tl.constexpr, T: tl.co
     """The values of pairs that a term's mask admits, ``nothing`` for the others.
 
     One selection for each test and not one by their conjunction: LLVM packs a tile of conjunctions into registers of
-    bits, and the kernels spill. ``inside`` may be None; a target is inside by construction.
+    bits, and the kernels spill. ``inside`` may be None; a target is inside by construction. A tile without a self pair
+    and a target may leave out their tests, which come first.
     """
     if inside is not None and TERMS[T][2] != REQUIRED:
         values = tl.where(inside, values, nothing)
+    OMITTED: tl.constexpr = len(TERMS[T]) - len(tests)
     for k in tl.static_range(len(tests)):
-        if TERMS[T][k + 1] == REQUIRED:
+        if TERMS[T][OMITTED + k] == REQUIRED:
             values = tl.where(tests[k], values, nothing)
-        elif TERMS[T][k + 1] == FORBIDDEN:
+        elif TERMS[T][OMITTED + k] == FORBIDDEN:
             values = tl.where(tests[k], nothing, values)
     return values
 

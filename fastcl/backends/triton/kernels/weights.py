@@ -11,17 +11,21 @@ import triton
 import triton.language as tl
 
 from fastcl.backends.triton.kernels.tile import (
+    ABSENT,
     ALONG_COLUMNS,
     ALONG_ROWS,
     LOG2_E,
     LSE,
     MAX,
+    above_test,
     banded_tile,
     holds_exceptional,
     inner_products,
+    load_tags,
     pair_tests,
-    requires_a_test,
+    requires_a_pair,
     spread,
+    tag_tests,
     target_columns,
     where_admitted,
 )
@@ -50,6 +54,14 @@ def _lse_log2(statistics_ptr, index, count):
 
 
 @triton.jit
+def _at_most_one(slopes, TERMS: tl.constexpr, T: tl.constexpr):
+    """A slope is a probability, unless rounding moved a pair over a threshold since the forward: it isn't in L then."""
+    if TERMS[T][5] != ABSENT:
+        slopes = tl.minimum(slopes, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    return slopes
+
+
+@triton.jit
 def _add_masked(
     weights,
     logits_log2,
@@ -67,7 +79,7 @@ def _add_masked(
             slopes = spread(tl.load(incoming_ptr + t * count + index, mask=index < count, other=0.0), AXIS)
             if TERMS[t][0] == LSE:
                 lse_log2 = spread(_lse_log2(statistics_ptr + t * count, index, count), AXIS)
-                slopes = tl.exp2(logits_log2 - lse_log2) * slopes
+                slopes = _at_most_one(tl.exp2(logits_log2 - lse_log2), TERMS, t) * slopes
             weights += where_admitted(slopes, 0.0, None, tests, TERMS, t)
     return weights
 
@@ -81,18 +93,20 @@ def _add_plain(
     incoming_ptr,
     index,
     count,
+    tests,
     TERMS: tl.constexpr,
     AXIS: tl.constexpr,
 ):
     """The same for a tile with no exceptional pair and nothing flagged, where all terms share one exponential."""
     for t in tl.static_range(len(TERMS)):
-        if TERMS[t][0] != MAX and not requires_a_test(TERMS, t):
+        if TERMS[t][0] != MAX and not requires_a_pair(TERMS, t):
             incoming = spread(tl.load(incoming_ptr + t * count + index, mask=index < count, other=0.0), AXIS)
             if TERMS[t][0] == LSE:
                 lse_log2 = _lse_log2(statistics_ptr + t * count, index, count)
-                weights += exponentials * spread(tl.exp2(shift_log2 - lse_log2), AXIS) * incoming
+                slopes = _at_most_one(exponentials * spread(tl.exp2(shift_log2 - lse_log2), AXIS), TERMS, t)
+                weights += where_admitted(slopes * incoming, 0.0, None, tests, TERMS, t)
             else:
-                weights += incoming
+                weights += where_admitted(incoming, 0.0, None, tests, TERMS, t)
     return weights
 
 
@@ -100,8 +114,11 @@ def _add_plain(
 def _masked_weights(
     a_ptr,
     b_ptr,
+    scale,
     scale_log2,
     target_ptr,
+    row_tags_ptrs,
+    column_tags_ptrs,
     row_statistics_ptr,
     column_statistics_ptr,
     row_incoming_ptr,
@@ -119,6 +136,7 @@ def _masked_weights(
     COLUMN_TERMS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     USES_TARGET: tl.constexpr,
+    LABEL_WIDTH: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     PIECE: tl.constexpr,
@@ -130,20 +148,23 @@ def _masked_weights(
     products = inner_products(
         a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, PIECE, PIECE, BLOCK_D, EVEN_D, PRECISION
     )
+    row_tags = load_tags(row_tags_ptrs, rows, n)
+    column_tags = load_tags(column_tags_ptrs, columns, m)
+    of_tags = tag_tests(row_tags, column_tags, LABEL_WIDTH)
     row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
-    tests = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
+    of_pairs = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
     logits_log2 = products * scale_log2
     weights = tl.zeros((PIECE, PIECE), tl.float32)
     weights = _add_masked(
         weights, logits_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
-        tests, ROW_TERMS, ALONG_ROWS,
+        of_pairs + of_tags + above_test(products, scale, row_tags, ALONG_ROWS), ROW_TERMS, ALONG_ROWS,
     )  # fmt: skip
     if SYMMETRIC:
         column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
-        tests = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
+        of_pairs = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
     weights = _add_masked(
         weights, logits_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
-        tests, COLUMN_TERMS, ALONG_COLUMNS,
+        of_pairs + of_tags + above_test(products, scale, column_tags, ALONG_COLUMNS), COLUMN_TERMS, ALONG_COLUMNS,
     )  # fmt: skip
     return weights
 
@@ -172,6 +193,8 @@ def weights_kernel(
     scale_ptr,
     shift_ptr,
     target_ptr,
+    row_tags,
+    column_tags,
     row_statistics_ptr,
     column_statistics_ptr,
     row_incoming_ptr,
@@ -197,6 +220,7 @@ def weights_kernel(
     MIRROR: tl.constexpr,
     USES_SELF: tl.constexpr,
     USES_TARGET: tl.constexpr,
+    LABEL_WIDTH: tl.constexpr,
     EVEN_D: tl.constexpr,
     PRECISION: tl.constexpr,
     PIECE: tl.constexpr,
@@ -221,7 +245,8 @@ def weights_kernel(
 
     rows = i0 + tl.arange(0, BLOCK_M)
     columns = j0 + tl.arange(0, BLOCK_N)
-    scale_log2 = tl.load(scale_ptr) * LOG2_E
+    scale = tl.load(scale_ptr)
+    scale_log2 = scale * LOG2_E
     shift = tl.load(shift_ptr)
     row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
     column_targets = columns
@@ -240,10 +265,11 @@ def weights_kernel(
                 first_piece = tl.maximum(j0, i)
             for j in range(first_piece, tl.minimum(j0 + BLOCK_N, column_end), PIECE):
                 weights = _masked_weights(
-                    a_ptr, b_ptr, scale_log2, target_ptr,
+                    a_ptr, b_ptr, scale, scale_log2, target_ptr, row_tags, column_tags,
                     row_statistics_ptr, column_statistics_ptr, row_incoming_ptr, column_incoming_ptr,
                     i, j, n, m, d, stride_a, stride_b, self_offset, first_column,
-                    ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, EVEN_D, PRECISION, PIECE, BLOCK_D,
+                    ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, LABEL_WIDTH,
+                    EVEN_D, PRECISION, PIECE, BLOCK_D,
                 )  # fmt: skip
                 _store(
                     panel_ptr, panel_stride, weights, i - row_begin, j - column_begin, MIRROR and i < j,
@@ -255,13 +281,17 @@ def weights_kernel(
         )
         shift_log2 = shift * LOG2_E
         exponentials = tl.exp2(products * scale_log2 - shift_log2)
+        of_rows = load_tags(row_tags, rows, n)
+        of_columns = load_tags(column_tags, columns, m)
+        of_tags = tag_tests(of_rows, of_columns, LABEL_WIDTH)
         weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         weights = _add_plain(
-            weights, exponentials, shift_log2, row_statistics_ptr, row_incoming_ptr, rows, n, ROW_TERMS, ALONG_ROWS
-        )
+            weights, exponentials, shift_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
+            of_tags + above_test(products, scale, of_rows, ALONG_ROWS), ROW_TERMS, ALONG_ROWS,
+        )  # fmt: skip
         weights = _add_plain(
             weights, exponentials, shift_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
-            COLUMN_TERMS, ALONG_COLUMNS,
+            of_tags + above_test(products, scale, of_columns, ALONG_COLUMNS), COLUMN_TERMS, ALONG_COLUMNS,
         )  # fmt: skip
         _store(
             panel_ptr,
