@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastcl
 from examples.demo.digits import augment, load_images
 from examples.linear_probe import DRAWS, FEW, Accuracy, linear_probe, split, spread_percent
 from examples.negatives import Encoder
@@ -47,16 +48,6 @@ def pair_importance(distances: Tensor, to_positive: Tensor, negative: Tensor, ta
     weights = negative * (-raised / tau).exp()
     total = weights.sum(dim=1, keepdim=True)
     return weights / (total + (-to_positive / tau).exp() if importance == "softmax" else total)
-
-
-def alpha_cl_loss(z1: Tensor, z2: Tensor, tau: float, *, importance: str) -> Tensor:
-    """The mean over both views' rows of sum_j alpha_ij (d_ip - d_ij) on the unit sphere, p the other view of i."""
-    z = F.normalize(torch.cat((z1, z2)))
-    distances = 1 - z @ z.T
-    to_positive = distances.diagonal(len(z1)).repeat(2)[:, None]
-    negative = ~torch.eye(len(z1), dtype=torch.bool).repeat(2, 2)
-    alpha = pair_importance(distances, to_positive, negative, tau, importance)
-    return (alpha * (to_positive - distances)).sum(dim=1).mean()
 
 
 def fixed_importance(first: Tensor, second: Tensor, importance: str) -> Tensor:
@@ -165,7 +156,7 @@ def train(rule: str, steps: int, seed: int, images: Tensor, labels: Tensor) -> A
     for _ in range(steps):
         batch = images[kept[torch.randperm(len(kept), generator=generator)[:BATCH]]]
         z1, z2 = (model(augment(batch, generator)) for _ in range(2))
-        loss = alpha_cl_loss(z1, z2, TEMPERATURE, importance=rule)
+        loss = fastcl.alpha_cl_loss(z1, z2, TEMPERATURE, importance=rule)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
