@@ -128,7 +128,7 @@ def _distillation(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """With a teacher that depends on nothing but the shape."""
 
     def with_teacher(x: Tensor, y: Tensor, tau: Tensor, **options: object) -> Tensor:
-        angles = torch.arange(x.numel(), device=x.device, dtype=torch.float64).reshape(x.shape)
+        angles = 1.0 + torch.arange(x.numel(), device=x.device, dtype=torch.float64).reshape(x.shape)
         teacher = ((0.7 * angles).sin().to(x.dtype), (0.7 * angles + 0.9 * angles.cos()).sin().to(x.dtype))
         return call(x, y, 1 / tau, *teacher, 4.0, normalize=True, **options)
 
@@ -392,7 +392,7 @@ LOSSES = (
         _two_hard_negatives(ranking_reference),
         ("query", "document", "first negative", "second negative"),
         _UNEVEN,
-        lambda x: _EVERY_DIRECTION | {"hardness_mode": "all_negatives", "hardness_strength": 5.0},
+        lambda x: _EVERY_DIRECTION | {"hardness_mode": "all_negatives", "hardness_strength": 3.0},
         one_operator=False,
         detached=True,
     ),

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fastcl
-
 pytest.importorskip("sklearn", reason="the examples need scikit-learn")
 pytest.importorskip("matplotlib", reason="the examples need matplotlib")
 

@@ -79,7 +79,7 @@ def macl_loss(
     >>> import torch, fastcl
     >>> z = torch.eye(4, 8)
     >>> round(fastcl.macl_loss(z, z, 0.5, alpha=0.0).item(), 4)  # -log(P) / (1 - P) at P = 1 / (1 + 6 exp(-2))
-    1.3263
+    1.3265
     """
     check_scalar("tau", tau, positive=True)
     check_between("alpha", alpha, 0.0, 1.0)
