@@ -105,16 +105,14 @@ inline int term_of(const AxisTerms& axis, Reduce reduce) {
 }
 
 // E of the whole panel with the shifts that the state holds, the rows' sums, the exceptional pairs, and E @ Y.
-template <class Dot>
+template <class Dot, bool kMasked>
 inline void sweep_panel(const Sweep& sweep, const RowPanels& job, Tile tile, PanelSpace& space) {
   PanelState& state = *space.state;
   const Scale scale(sweep.scale);
   const float factor = scale.logit * kLog2E;
   const int64_t depth = sweep.x.depth;
-  const PairTerm* maximum = sweep.rows.terms + term_of(sweep.rows, Reduce::kMax);
-  const PairTerm* log_sum_exp = sweep.rows.terms + term_of(sweep.rows, Reduce::kLogSumExp);
   Workspace own = space.tile;
-  TileTags tags;
+  [[maybe_unused]] TileTags tags;
   state.pair_count = 0;
   for (int64_t r = 0; r < tile.rows; ++r) {
     state.sums[r] = 0.0;
@@ -124,22 +122,24 @@ inline void sweep_panel(const Sweep& sweep, const RowPanels& job, Tile tile, Pan
   for (int64_t number = 0; tile.column < sweep.y.rows; tile.column += sweep.tile, ++number) {
     tile.columns = smaller(sweep.y.rows - tile.column, sweep.tile);
     prepare_columns<Dot>(sweep, tile, job.a != nullptr, own);
-    if (sweep.masked) tags.gather_columns(sweep, tile);
+    if constexpr (kMasked) tags.gather_columns(sweep, tile);
     if (job.b != nullptr) {
       own.w_columns = space.column_lhs + number * space.column_lhs_size;
       if (Dot::kPairs == 1) own.logits = own.w_rows = own.w_columns;
     }
     for_each_strip<Dot>(sweep, tile, own, Dot::kPairs == 1, [&](const Strip& strip) {
-      if (sweep.masked) tags.gather_rows(sweep, tile, strip);
-      if (sweep.rows.dense_max) {
-        Strip seen = strip;
-        if (sweep.masked) {
-          mask_strip(sweep, tags, strip, *maximum, own.masked);
+      Strip seen = strip;
+      if constexpr (kMasked) {
+        tags.gather_rows(sweep, tile, strip);
+        if (sweep.rows.dense_max) {
           seen.dots = own.masked;
+          mask_strip(sweep, tags, strip, sweep.rows.terms[term_of(sweep.rows, Reduce::kMax)], seen.dots);
         }
-        merge_maxima(seen, scale.logit, tile.columns, state.maxima, nullptr);
       }
-      if (sweep.masked) mask_strip(sweep, tags, strip, *log_sum_exp, strip.dots);
+      if (sweep.rows.dense_max) merge_maxima(seen, scale.logit, tile.columns, state.maxima, nullptr);
+      if constexpr (kMasked) {
+        mask_strip(sweep, tags, strip, sweep.rows.terms[term_of(sweep.rows, Reduce::kLogSumExp)], strip.dots);
+      }
       float sums[kStrip];
       exponentiate<Dot>(strip, factor, state.shifts + strip.row, own, sums);
       for (int64_t r = 0; r < strip.height; ++r) state.sums[strip.row + r] += sums[r];
@@ -208,13 +208,13 @@ inline double term_value(const AxisTerms& axis, const PanelState& state, int t, 
 }
 
 // The panel's E, and what it says of the rows; where the one shift did not suffice, once more with one for each row.
-template <class Dot>
+template <class Dot, bool kMasked>
 inline void sweep_rows(const Sweep& sweep, const RowPanels& job, const Tile& tile, PanelSpace& space) {
   PanelState& state = *space.state;
   const int log_sum_exp = term_of(sweep.rows, Reduce::kLogSumExp);
   prepare_tile_rows<Dot>(sweep, tile, false, space.tile);
   for (float& shift : state.shifts) shift = sweep.shift * kLog2E;
-  sweep_panel<Dot>(sweep, job, tile, space);
+  sweep_panel<Dot, kMasked>(sweep, job, tile, space);
   absorb_pairs(sweep, tile.row, tile.rows, state);
   const double shift = state.shifts[0] * kLn2;
   bool flagged = !std::isfinite(sweep.shift);
@@ -231,7 +231,7 @@ inline void sweep_rows(const Sweep& sweep, const RowPanels& job, const Tile& til
     if (std::isinf(state.shifts[r])) state.shifts[r] = INFINITY;
   }
   prepare_tile_rows<Dot>(sweep, tile, false, space.tile);
-  sweep_panel<Dot>(sweep, job, tile, space);
+  sweep_panel<Dot, kMasked>(sweep, job, tile, space);
 }
 
 // Statistics, losses and weights of the panel's rows; E @ Y becomes W @ Y.
@@ -281,7 +281,11 @@ void panel_task(const Sweep& sweep, const RowPanels& job, int64_t panel, void* m
   PanelSpace space;
   lay_out_panel<Dot>(sweep, job, static_cast<char*>(memory), space);
   const Tile tile = panel_tile(sweep, job, panel);
-  sweep_rows<Dot>(sweep, job, tile, space);
+  if (sweep.masked) {
+    sweep_rows<Dot, true>(sweep, job, tile, space);
+  } else {
+    sweep_rows<Dot, false>(sweep, job, tile, space);
+  }
   finish_rows(sweep, job, tile, space);
   if (job.b != nullptr) prepare_scaled_rows<Dot>(sweep, tile, space);
 }
