@@ -72,7 +72,7 @@ def variants() -> list[Variant]:
         *of(fastcl.multiple_negatives_ranking_loss, x, y, 0.5, all_directions={"directions": DIRECTIONS}, ids=ids),
         *of(fastcl.siglip_loss, x, y, 2.0, -1.0),
         *of(fastcl.binary_nce_loss, x, y, 0.5),
-        *of(fastcl.spectral_contrastive_loss, x, y),
+        *of(fastcl.spectral_contrastive_loss, x, y, ids=ids),
         *of(fastcl.contrastive_loss, x, tags, 0.1, 0.9),
         *of(fastcl.triplet_loss, x, tags),
         *of(fastcl.lifted_structure_loss, x, tags),

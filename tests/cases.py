@@ -454,6 +454,15 @@ LOSSES = (
         )
         for name, options in (("spectral", {"normalize": True}), ("spectral_mu", {"mu": 3.0}))
     ),
+    _row(
+        "spectral_duplicates",
+        _without_tau(fastcl.spectral_contrastive_loss),
+        _without_tau(spectral_reference),
+        _VIEWS,
+        _ROWS,
+        lambda x: {"mu": 3.0, "ids": tag(len(x[0]), 5, x[0])},
+        one_operator=False,
+    ),
     _labelled("contrastive", fastcl.contrastive_loss, contrastive_reference, _ROWS_OF_TWO, pos_margin=0.1),
     _labelled("contrastive_cosine", fastcl.contrastive_loss, contrastive_reference, _ROWS_OF_TWO, distance="cosine"),
     _labelled(

@@ -165,6 +165,13 @@ def _nce(**given: object) -> Loss:
 LOSSES |= {
     "binary_nce": _nce(),
     "binary_nce_ratio": _nce(noise_ratio=2.5),
+    "spectral_ids": Loss(
+        lambda x, scale, bias, first, keys, *, reduction, group, **options: fastcl.spectral_contrastive_loss(
+            *x, ids=_tag(len(x[0]), first, 3), reduction=reduction, group=group
+        ),
+        lambda x, scale, bias: spectral_reference(*x, ids=_tag(len(x[0]), 0, 3)),
+        lambda pairs: (pairs, pairs),
+    ),
     "spectral": Loss(
         lambda x, scale, bias, first, keys, *, reduction, group, **options: fastcl.spectral_contrastive_loss(
             *x, mu=2.0, reduction=reduction, group=group

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_pair, check_scalar
-from fastcl.losses.common import Run, check_weight, normalize_rows, row_similarity
-from fastcl.terms import accumulation_dtype
+from fastcl.losses.common import Run, check_tags, check_weight, count_equal, normalize_rows, row_similarity
+from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.terms import Tags, accumulation_dtype
 
 
 def spectral_contrastive_loss(
@@ -19,6 +20,7 @@ def spectral_contrastive_loss(
     z2: Tensor,
     *,
     mu: float | None = None,
+    ids: Tensor | None = None,
     weight: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
@@ -36,6 +38,8 @@ def spectral_contrastive_loss(
     Args:
         z1, z2: the views' features [B, D], in one dtype (float64, float32, bfloat16, float16) and on one device.
         mu: rows longer than sqrt(mu) are scaled to that length, and the loss is divided by mu, as in the official code.
+        ids: integers [B]: pairs of an equal id are left out of the second term (duplicates). They cost the sweep over S
+            that the loss does without otherwise.
         weight: [B], a constant factor of a row's loss. The mean still divides by B.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [B].
@@ -48,7 +52,7 @@ def spectral_contrastive_loss(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
-    Complexity: no sweep over S. The squares of row i sum to :math:`z^{1\top}_i (Z_2^\top Z_2)\, z^1_i`, so that value
+    Complexity: no sweep over S without ``ids``, and 3 * B^2 * D multiply-adds with them (4 for "none"). The squares of row i sum to :math:`z^{1\top}_i (Z_2^\top Z_2)\, z^1_i`, so that value
     and gradients take O(B * D^2) multiply-adds and O(B * D + D^2) memory, whatever the number of pairs. Ranks add up
     their D x D matrices and exchange nothing else.
 
@@ -63,20 +67,42 @@ def spectral_contrastive_loss(
     check_pair("z1", z1, "z2", z2, same_rows=True, may_be_empty=group is not None)
     if mu is not None:
         check_scalar("mu", mu, positive=True)
+    check_tags(z1, ids=ids)
     check_weight(weight, z1)
-    run = Run.checked(reduction, None, group, "auto", loss="spectral_contrastive_loss")
+    run = Run.checked(reduction, None, group, "auto", loss="spectral_contrastive_loss", ids=ids is not None)
     if normalize:
         z1, z2 = normalize_rows(z1), normalize_rows(z2)
     dtype = accumulation_dtype(z1.dtype)
     with torch.autocast(z1.device.type, enabled=False):
         a, b = (x.to(dtype) if mu is None else _bounded(x.to(dtype), mu) for x in (z1, z2))
+        positive, factor = row_similarity(a, b), 1.0 if mu is None else 1.0 / mu
+        if ids is not None:
+            tags, weights = Tags(ids=ids), factor / _others(run, positive, ids)
+            weights = weights if weight is None else weights * weight
+            squares = run.panels(squares_of_others, a, b, weights, tags=tags, key_tags=tags)
+            return squares - run.reduce(2 * factor * positive, weight)
         gram = b.mT @ b
         if group is not None:
             gram = torch.ops.fastcl.add_over_ranks(gram, group.group_name)
-        positive = row_similarity(a, b)
         squares = row_similarity(a @ gram, a) - positive.square()
-    others = (run.over_ranks(positive.new_full((), a.shape[0]), "sum") - 1).clamp_min(1)
-    return run.reduce((squares / others - 2 * positive) / (1.0 if mu is None else mu), weight)
+    return run.reduce((squares / _others(run, positive, None) - 2 * positive) * factor, weight)
+
+
+@panel_function(outputs=1)
+def squares_of_others(panel: Panel):
+    """The sum of S squared over the keys of other ids."""
+    kept = panel.s.masked_fill(panel.tags.ids[:, None] == panel.key_tags.ids, 0.0)
+
+    def pull_back(incoming: Outputs) -> Slopes:
+        return Slopes(2 * kept * incoming[0][:, None])
+
+    return (kept.square().sum(dim=1),), pull_back
+
+
+def _others(run: Run, like: Tensor, ids: Tensor | None) -> Tensor:
+    """How many negatives each row has among those of all ranks, at least 1."""
+    rows = run.over_ranks(like.new_full((), like.shape[0]), "sum")
+    return (rows - (1 if ids is None else count_equal(run, ids, ids))).clamp_min(1)
 
 
 def _bounded(x: Tensor, mu: float) -> Tensor:
@@ -84,12 +110,15 @@ def _bounded(x: Tensor, mu: float) -> Tensor:
     return x * (mu / x.square().sum(dim=1, keepdim=True).clamp_min(mu)).sqrt()
 
 
-def reference(z1: Tensor, z2: Tensor, *, mu: float | None = None, normalize: bool = False) -> Tensor:
+def reference(
+    z1: Tensor, z2: Tensor, *, mu: float | None = None, ids: Tensor | None = None, normalize: bool = False
+) -> Tensor:
     """The textbook formula with the whole similarity matrix: the loss of each row, [B]."""
     if normalize:
         z1, z2 = (x / x.norm(dim=1, keepdim=True) for x in (z1, z2))
     if mu is not None:
         z1, z2 = (x * (mu**0.5 / x.norm(dim=1, keepdim=True)).clamp(max=1) for x in (z1, z2))
     similarity = z1 @ z2.T
-    squares = similarity.square().fill_diagonal_(0.0).sum(dim=1) / max(len(z1) - 1, 1)
+    same = torch.eye(len(z1), dtype=torch.bool, device=z1.device) if ids is None else ids[:, None] == ids
+    squares = similarity.square().masked_fill(same, 0.0).sum(dim=1) / (~same).sum(dim=1).clamp_min(1)
     return (squares - 2 * similarity.diagonal()) / (mu or 1.0)
