@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -9,6 +13,17 @@ from benchmarks.measure import gradient_step, peak_memory
 from tests.cases import LOSSES, Loss, available_backends, make_features, require
 
 PAIRS = 8192
+M_MMAP_THRESHOLD = -3
+
+
+@pytest.fixture(autouse=True)
+def _freed_memory_is_returned() -> Iterator[None]:
+    """Larger blocks go back to the system when they are freed, so that none stays resident in a fragmented heap."""
+    with contextlib.suppress(AttributeError):  # glibc has mallopt
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
+    yield
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 25)
 
 
 @pytest.mark.parametrize("backend", [name for name in available_backends() if name != "dense"])
