@@ -88,7 +88,5 @@ class SpectralContrastiveLoss(nn.Module):
         super().__init__()
         self.options = options
 
-    def forward(
-        self, z1: Tensor, z2: Tensor, *, ids: Tensor | None = None, weight: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, z1: Tensor, z2: Tensor, *, ids: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
         return spectral_contrastive_loss(z1, z2, ids=ids, weight=weight, **self.options)
