@@ -52,10 +52,11 @@ def spectral_contrastive_loss(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
-    Complexity: no sweep over S without ``ids``: the squares of row i sum to :math:`z^{1\top}_i (Z_2^\top Z_2)\, z^1_i`, so
-    that value and gradients take O(B * D^2) multiply-adds and O(B * D + D^2) memory, whatever the number of pairs; ranks
-    add up their D x D matrices and exchange nothing else. With ``ids`` 3 * B^2 * D multiply-adds (4 for "none"), O(B)
-    memory beyond features and gradients, and ranks gather their features.
+    Complexity: no sweep over S without ``ids``: the squares of row i sum to
+    :math:`z^{1\top}_i (Z_2^\top Z_2)\, z^1_i`, so that value and gradients take O(B * D^2) multiply-adds and
+    O(B * D + D^2) memory, whatever the number of pairs; ranks add up their D x D matrices and exchange nothing else.
+    With ``ids`` 3 * B^2 * D multiply-adds (4 for "none"), O(B) memory beyond features and gradients, and ranks gather
+    their features.
 
     Source: HaoChen et al., Provable Guarantees for Self-Supervised Deep Learning with Spectral Contrastive Loss, 2021
     (arXiv:2106.04156).
