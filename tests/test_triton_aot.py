@@ -174,11 +174,11 @@ def table(capability: int) -> tuning.Table:
 
 
 def default_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, Any], tuning.Config]]:
-    """What is like something else is left out: sm_120 takes the table of sm_86, and tf32 needs what half does."""
+    """All but what is like another: sm_120 takes the table of sm_86, and tf32 needs what half does with its tiles."""
     for name, kernel, kernel_constants in CASES + TAGGED:
         for precision in PRECISIONS:
             is_tagged = any(name.endswith("_tags") for name in kernel_constants)
-            if (is_tagged and precision == "tf32") or (capability == 120 and (is_tagged or precision == "tf32")):
+            if (precision == "tf32" and (is_tagged or capability >= 100)) or (is_tagged and capability == 120):
                 continue
             for config in dict.fromkeys(config for _, config in table(capability).entries[name, precision]):
                 yield precision, kernel, kernel_constants, config
