@@ -140,9 +140,7 @@ def check(plan: Plan, operands: Operands, tolerance: float = 5e-6, gradient_tole
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the process it would start is this one")
-@pytest.mark.parametrize(
-    "file", [Path(__file__).name, "test_triton_masks.py", "test_triton_panels.py", "test_triton_launches.py"]
-)
+@pytest.mark.parametrize("name", ["interpreter", "masks", "panels", "launches"])
 def test_cases_in_the_interpreter(name: str) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
