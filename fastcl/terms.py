@@ -34,6 +34,10 @@ class Axis(enum.Enum):
     COLUMN = "column"
 
 
+AXES = (Axis.ROW, Axis.COLUMN)
+"""both, as a tuple: torch.compile of torch 2.11 can't go through an enumeration"""
+
+
 @dataclass(frozen=True)
 class Mask:
     """An AND of tests on the pair (i, j): each is absent (None), required (True) or forbidden (False).

@@ -21,7 +21,7 @@ from fastcl.losses.common import (
     summarize,
 )
 from fastcl.losses.sup_con import Labelled, multi_positive_loss
-from fastcl.terms import Axis, Mask, Reduce, Tags, Term
+from fastcl.terms import AXES, Mask, Reduce, Tags, Term
 
 
 def clip_loss(
@@ -123,7 +123,7 @@ def clip_loss(
         negatives = Mask(self_pair=False, id=None if ids is None else False, above=margin_test(margin))
         kinds = (Reduce.LSE, Reduce.MAX) if return_stats else (Reduce.LSE,)
         terms = [Term(Reduce.SUM, Mask(self_pair=True))]
-        terms += [Term(reduce, negatives, axis) for reduce in kinds for axis in Axis]
+        terms += [Term(reduce, negatives, axis) for reduce in kinds for axis in AXES]
         loss, (positive, _, _, *hardest) = softmax_loss(
             run,
             images,

@@ -23,7 +23,7 @@ from fastcl.losses.common import (
     safe_logsumexp,
     softmax_loss,
 )
-from fastcl.terms import Axis, Mask, Reduce, Tags, Term
+from fastcl.terms import AXES, Axis, Mask, Reduce, Tags, Term
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 PARTITION_MODES = ("joint", "per_direction")
@@ -125,7 +125,7 @@ def multiple_negatives_ranking_loss(
     mask = Mask(self_pair=False, id=None if ids is None else False)
     back = "doc_to_query" in directions
     if not negatives and hardness_mode is None and (partition_mode == "per_direction" or len(directions) == 1):
-        axes = tuple(Axis) if back else (Axis.ROW,)
+        axes = AXES if back else (Axis.ROW,)
         terms = [Term(Reduce.SUM, Mask(self_pair=True)), *(Term(Reduce.LSE, mask, axis) for axis in axes)]
         return softmax_loss(
             run, query, document, terms, scale, normalize=normalize, weight=weight, tags=tags, key_tags=tags
@@ -152,7 +152,7 @@ def multiple_negatives_ranking_loss(
     of_query = [x * scale + of_own * x.detach() for x in own]
     of_query += [others(query, x, of_others)[0] for x in negatives]
     if back and not of_others:
-        towards, of_document = others(query, document, axes=tuple(Axis))
+        towards, of_document = others(query, document, axes=AXES)
         sums = [[*of_query, towards], [of_document]]
     else:
         sums = [[*of_query, *others(query, document, of_others)]]

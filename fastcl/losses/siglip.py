@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fastcl.checks import check_pair, check_scalar
 from fastcl.losses.common import LossStats, Run, check_tags, check_weight, normalize_rows, summarize
 from fastcl.panels import Outputs, Panel, Slopes, panel_function
-from fastcl.terms import Axis, Mask, Reduce, Tags, Term
+from fastcl.terms import AXES, Mask, Reduce, Tags, Term
 
 
 @panel_function(outputs=1)
@@ -111,7 +111,7 @@ def siglip_loss(
     if not return_stats:
         return loss
     negatives = Mask(self_pair=False, label=None if labels is None else False, id=None if ids is None else False)
-    terms = [Term(Reduce.SUM, Mask(self_pair=True)), *(Term(Reduce.MAX, negatives, axis) for axis in Axis)]
+    terms = [Term(Reduce.SUM, Mask(self_pair=True)), *(Term(Reduce.MAX, negatives, axis) for axis in AXES)]
     with torch.no_grad():
         positive, *hardest = run.statistics(image_features, text_features, terms, logit_scale, tags=tags, key_tags=tags)
     return loss, summarize(run, positive, hardest, None, logit_scale)

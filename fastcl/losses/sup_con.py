@@ -23,7 +23,7 @@ from fastcl.losses.common import (
     normalize_rows,
     summarize,
 )
-from fastcl.terms import NO_TAGS, Axis, Mask, Reduce, Tags, Term
+from fastcl.terms import AXES, NO_TAGS, Axis, Mask, Reduce, Tags, Term
 
 FORMS = ("out", "in")
 
@@ -168,7 +168,7 @@ def multi_positive_loss(
     if normalize:
         pairs, norm_bound = pairs.normalized(), 1.0
     positives, negatives = pairs.masks()
-    axes = tuple(Axis) if both_axes else (Axis.ROW,)
+    axes = AXES if both_axes else (Axis.ROW,)
     kinds = [(Reduce.LSE, negatives), (Reduce.LSE, positives), (Reduce.SUM, positives)]
     if return_stats:
         kinds += [(Reduce.MAX, negatives), (Reduce.MAX, positives)]
