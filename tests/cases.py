@@ -66,6 +66,11 @@ class Loss:
         return self.name.endswith(("_ids", "_per_query", "_own_negatives"))
 
     @property
+    def temperature_cancels(self) -> bool:
+        """Whether the temperature's gradient is a difference of sweeps that nearly cancel."""
+        return self.name in ("ranking_both_directions", "clip_distillation", "info_nce_tau_per_query")
+
+    @property
     def symmetric(self) -> bool:
         """Whether the loss looks at half of S."""
         return self.passes_of_rows[0] == 0.5 * self.sweeps

@@ -378,7 +378,11 @@ def check_subgroups(rank: int) -> float | None:
     z = [split(t, pairs, group.rank()) for t in (x, y)]
     loss = fastcl.clip_loss(*z, 3.0, group=group, exchange="ring", backend="tiled")
     loss.backward()
-    torch.testing.assert_close(loss, clip_reference(x, y, 3.0).mean(), rtol=EXACT, atol=EXACT)
+    leaves = [t.clone().requires_grad_() for t in (x, y)]
+    expected = clip_reference(*leaves, 3.0).mean()
+    torch.testing.assert_close(loss, expected, rtol=EXACT, atol=EXACT)
+    for t, exact in zip(z, torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(t.grad / group.size(), exact.split(pairs)[group.rank()], rtol=EXACT, atol=EXACT)
     other = three if rank == 1 else one
     with pytest.raises(TypeError, match="that this rank belongs to"):
         fastcl.clip_loss(*z, 3.0, group=other)

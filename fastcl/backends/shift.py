@@ -42,8 +42,7 @@ def flag_threshold(operands: Operands) -> float:
 
 def lowest_exponent(operands: Operands, shift: float) -> float:
     """A lower bound of S - c for finite logits: above the smallest normal number's log, a sum of 0 has no summands."""
-    n, m = operands.shape
-    return -2.0 * shift - (_HEADROOM - math.log(max(n, m)))
+    return -2.0 * shift - headroom(operands)
 
 
 def norm_bound(operands: Operands) -> Tensor | float:
