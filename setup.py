@@ -170,7 +170,14 @@ ENGINE = Extension(
         "csrc/bindings.cpp",
         *(
             f"csrc/cpu/{name}"
-            for name in ("levels.cpp", "schedule.cpp", "statistics.cpp", "gradient.cpp", "cross_entropy.cpp")
+            for name in (
+                "levels.cpp",
+                "schedule.cpp",
+                "shared_operands.cpp",
+                "statistics.cpp",
+                "gradient.cpp",
+                "cross_entropy.cpp",
+            )
         ),
         *(f"csrc/cpu/{name}" for name in level_sources()),
     ],

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "schedule.h"
+#include "shared_operands.h"
 #include "sweep.h"
 
 namespace fastcl::cpu {
@@ -68,17 +69,22 @@ double evaluate(const Problem& problem, const Workers& workers, const CrossEntro
 
 double in_two_sweeps(const Problem& problem, const Workers& workers, const CrossEntropy& head,
                      const Vectors<float>& values, float* a, float* b, float* positive) {
-  statistics(problem, workers, values);
+  Sweep sweep = make_sweep(problem);
+  const SharedOperands operands(workers, sweep, b != nullptr, a != nullptr);
+  statistics(problem, sweep, workers, values);
   const int64_t rows = problem.row_terms.size() * problem.a.rows;
   std::vector<float> incoming(rows + problem.column_terms.size() * problem.b.rows);
   const Vectors<float> gradients{incoming.data(), incoming.data() + rows};
   const double loss = evaluate(problem, workers, head, values, gradients, positive);
-  gradient(problem, workers, {values.rows, values.columns}, {gradients.rows, gradients.columns}, a, b);
+  if (a != nullptr || b != nullptr) {
+    gradient(problem, sweep, workers, {values.rows, values.columns}, {gradients.rows, gradients.columns}, a, b);
+  }
   return loss;
 }
 
-double in_one_sweep(const Sweep& sweep, const Workers& workers, RowPanels job) {
+double in_one_sweep(Sweep sweep, const Workers& workers, RowPanels job) {
   const Level& level = selected();
+  const SharedOperands operands(workers, sweep, false, job.a != nullptr);
   std::vector<double> losses(sweep.x.rows);
   job.losses = losses.data();
   const int64_t tiles = job.b == nullptr ? 0 : (sweep.y.rows + sweep.tile - 1) / sweep.tile;

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "schedule.h"
+#include "shared_operands.h"
 #include "sweep.h"
 
 namespace fastcl::cpu {
@@ -88,8 +89,14 @@ class Product {
 void gradient(const Problem& problem, const Workers& workers, Vectors<const float> statistics,
               Vectors<const float> incoming, float* a, float* b) {
   if (a == nullptr && b == nullptr) return;
+  Sweep sweep = make_sweep(problem);
+  const SharedOperands operands(workers, sweep, b != nullptr, a != nullptr);
+  gradient(problem, sweep, workers, statistics, incoming, a, b);
+}
+
+void gradient(const Problem& problem, const Sweep& sweep, const Workers& workers, Vectors<const float> statistics,
+              Vectors<const float> incoming, float* a, float* b) {
   const Level& level = selected();
-  const Sweep sweep = make_sweep(problem);
   const int64_t n = sweep.x.rows;
   const int64_t m = sweep.y.rows;
   const int64_t depth = sweep.x.depth;

@@ -277,14 +277,14 @@ void gradient_task(const Sweep& sweep, const AxisGradient& rows, const AxisGradi
       store_weights<Dot>(strip, space);
     });
     if (rows.product != nullptr) {
-      add_product<Dot, Layout::kRowMajor>(space.w_rows, kTilePitch / Dot::kPairs, space.y_slices,
-                                          round_up(tile.columns, kPanel) / Dot::kPairs, tile.columns, tile.diagonal,
+      add_product<Dot, Layout::kRowMajor>(space.w_rows, kTilePitch / Dot::kPairs, space.y_slices.words,
+                                          space.y_slices.pitch, tile.columns, tile.diagonal,
                                           rows.lane_product(task.row_lane, depth) + tile.row * depth, tile.rows, depth);
     }
     if (columns.product != nullptr) {
       add_product<Dot, Layout::kColumnMajor>(
-          space.w_columns, kTilePitch, space.x_slices, round_up(tile.rows, kStrip) / Dot::kPairs, tile.rows,
-          tile.diagonal, columns.lane_product(task.column_lane, depth) + tile.column * depth, tile.columns, depth);
+          space.w_columns, kTilePitch, space.x_slices.words, space.x_slices.pitch, tile.rows, tile.diagonal,
+          columns.lane_product(task.column_lane, depth) + tile.column * depth, tile.columns, depth);
     }
   });
 }

@@ -40,12 +40,28 @@ struct AxisTerms {
 constexpr int kMaxDense = 4;
 constexpr int kMaxSlopes = 2 * kMaxDense;
 
+// Copies of a whole matrix that all tasks of a sweep share, in the layouts of pack.h; null where each task packs the
+// tiles it works on.
+struct Packed {
+  const float* panels;
+  const float* slices;
+};
+
+// Floats in the copies of a matrix, and in the scratch that making them takes.
+struct PackedSizes {
+  int64_t panels;
+  int64_t slices;
+  int64_t scratch;
+};
+
 // A sweep over the tiles of S = scale * X @ Y.T.
 struct Sweep {
   Matrix x;
   Matrix y;
   const int64_t* x_index;  // sweep only these x_count rows of x; null for all
   int64_t x_count;
+  Packed x_packed;
+  Packed y_packed;
   bool symmetric;
   int64_t tile;       // rows and columns of a tile
   int64_t row_block;  // rows of a block of tiles, a multiple of tile
@@ -131,6 +147,9 @@ struct RowPanels {
 
 struct Level {
   const char* name;
+  PackedSizes (*packed_sizes)(const Matrix&);
+  // kTileUnit rows of a matrix, from `first` on, to their places in its copies, null where not wanted.
+  void (*pack)(const Matrix&, int64_t first, float* panels, float* slices, float* scratch);
   size_t (*workspace_bytes)(const Sweep&);
   void (*statistics)(const Sweep&, const Accumulators& rows, const Accumulators& columns, const Task&, void* workspace);
   // The log-sum-exp of the dense pairs of the rows in x_index, with a running maximum in place of the shift; in a

@@ -118,10 +118,10 @@ inline void add_panel(const float* left, ptrdiff_t left_pitch, const float* righ
 }
 
 // OUT[rows, columns] += LEFT[rows, k] @ RIGHT[k, columns] for `count` numbers k. LEFT is padded to whole strips, and
-// RIGHT lies in slices of kPanel columns and `slice_words` words along k. A triangular LEFT is zero below the diagonal
-// where it is row-major, and above it where column-major (its transpose).
+// RIGHT lies in slices of kPanel columns, `right_pitch` words from one to the next. A triangular LEFT is zero below the
+// diagonal where it is row-major, and above it where column-major (its transpose).
 template <class Dot, Layout kLayout>
-inline void add_product(const float* left, ptrdiff_t left_pitch, const float* right, int64_t slice_words, int64_t count,
+inline void add_product(const float* left, ptrdiff_t left_pitch, const float* right, int64_t right_pitch, int64_t count,
                         bool triangular, float* out, int64_t rows, int64_t columns) {
   const int64_t words = (count + Dot::kPairs - 1) / Dot::kPairs;
   // A strip of LEFT stays in the first-level cache, or nearly, while a block of RIGHT streams past from the second.
@@ -133,7 +133,7 @@ inline void add_product(const float* left, ptrdiff_t left_pitch, const float* ri
           triangular && kLayout == Layout::kColumnMajor ? smaller(words, (row + kStrip) / Dot::kPairs) : words;
       const float* strip = kLayout == Layout::kRowMajor ? left + row * left_pitch + begin : left + row;
       for (int64_t column = block; column < block_end; column += kPanel) {
-        add_panel<Dot, kLayout>(strip, left_pitch, right + column * slice_words + begin * kPanel, end - begin,
+        add_panel<Dot, kLayout>(strip, left_pitch, right + column / kPanel * right_pitch + begin * kPanel, end - begin,
                                 out + row * columns + column, columns, smaller(rows - row, kStrip),
                                 smaller(columns - column, kPanel));
       }

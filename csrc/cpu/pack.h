@@ -127,6 +127,18 @@ inline void pack_rows(const Matrix& matrix, const int64_t* index, int64_t begin,
   }
 }
 
+// Rows [begin, begin + count) padded to a multiple of `unit`, in place where that is possible.
+template <class Dot>
+inline Rows prepare_rows(const Matrix& matrix, const int64_t* index, int64_t begin, int64_t count, int64_t unit,
+                         float* buffer) {
+  if (index == nullptr && count % unit == 0 && readable_in_place<Dot>(matrix)) {
+    return rows_in_place<Dot>(matrix, begin);
+  }
+  const Rows rows{buffer, row_pitch(row_words<Dot>(matrix.depth))};
+  pack_rows<Dot>(matrix, index, begin, count, round_up(count, unit), buffer, rows.pitch);
+  return rows;
+}
+
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t FourIndices __attribute__((vector_size(16)));
 typedef float UnalignedFour __attribute__((vector_size(16), aligned(4), may_alias));
@@ -177,6 +189,12 @@ inline int64_t slices_size(int64_t padded_count, int64_t depth) {
   return padded_count / Dot::kPairs * round_up(depth, kPanel);
 }
 
+// Words in a slice of so many rows.
+template <class Dot>
+inline int64_t slice_size(int64_t padded_count) {
+  return padded_count / Dot::kPairs * kPanel;
+}
+
 // `slices` from `padded_count` rows, a slice being `slice_words` long.
 template <class Dot>
 inline void pack_slices(Rows rows, int64_t padded_count, int64_t depth, int64_t slice_words, float* slices) {
@@ -194,6 +212,21 @@ inline void pack_slices(Rows rows, int64_t padded_count, int64_t depth, int64_t 
         for (int64_t i = 0; i < width; ++i) pairs[i] = even[i] | static_cast<uint32_t>(odd[i]) << 16;
       }
       for (int64_t i = width; i < kPanel; ++i) out[i] = 0.0f;
+    }
+  }
+}
+
+// Rows [begin, begin + count) as panels, and as slices where these are wanted. A panel after the other, so that its
+// rows are read from afar once; `buffer` is for one panel's rows.
+template <class Dot>
+inline void pack_columns(const Matrix& matrix, int64_t begin, int64_t count, float* buffer, float* panels,
+                         float* slices, int64_t slice_words) {
+  const int64_t words = row_words<Dot>(matrix.depth);
+  for (int64_t c = 0; c < count; c += kPanel) {
+    const Rows rows = prepare_rows<Dot>(matrix, nullptr, begin + c, smaller(count - c, kPanel), kPanel, buffer);
+    if (panels != nullptr) pack_panels(rows, kPanel, words, panels + c * words);
+    if (slices != nullptr) {
+      pack_slices<Dot>(rows, kPanel, matrix.depth, slice_words, slices + slice_size<Dot>(c));
     }
   }
 }

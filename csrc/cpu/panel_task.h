@@ -149,9 +149,8 @@ inline void sweep_panel(const Sweep& sweep, const RowPanels& job, Tile tile, Pan
       state.pairs[state.pair_count++] = {tile.column + pair.column, pair.row, pair.dot, 0.0f};
     }
     if (job.a != nullptr) {
-      add_product<Dot, Layout::kRowMajor>(own.w_rows, kTilePitch / Dot::kPairs, own.y_slices,
-                                          round_up(tile.columns, kPanel) / Dot::kPairs, tile.columns, false,
-                                          job.a + tile.row * depth, tile.rows, depth);
+      add_product<Dot, Layout::kRowMajor>(own.w_rows, kTilePitch / Dot::kPairs, own.y_slices.words, own.y_slices.pitch,
+                                          tile.columns, false, job.a + tile.row * depth, tile.rows, depth);
     }
   }
 }
@@ -179,7 +178,7 @@ inline void prepare_scaled_rows(const Sweep& sweep, const Tile& tile, PanelSpace
     }
     std::memset(buffer + filled, 0, sizeof(float) * (pitch - filled));
   }
-  pack_slices<Dot>({space.tile.x_buffer, pitch}, padded, depth, padded / Dot::kPairs * kPanel, space.tile.x_slices);
+  pack_slices<Dot>({space.tile.x_buffer, pitch}, padded, depth, slice_size<Dot>(padded), space.tile.x_slices_buffer);
 }
 
 // What the terms are worth over a row's exceptional pairs.
@@ -301,8 +300,8 @@ void panel_columns_task(const Sweep& sweep, const RowPanels& job, int64_t panel,
   float* out = job.b + tile.column * depth;
   if (panel == 0) std::memset(out, 0, sizeof(float) * tile.columns * depth);
   add_product<Dot, Layout::kColumnMajor>(space.column_lhs + column * space.column_lhs_size, kTilePitch,
-                                         space.tile.x_slices, round_up(tile.rows, kStrip) / Dot::kPairs, tile.rows,
-                                         false, out, tile.columns, depth);
+                                         space.tile.x_slices_buffer, slice_size<Dot>(round_up(tile.rows, kStrip)),
+                                         tile.rows, false, out, tile.columns, depth);
   for (int64_t e = 0; e < space.state->pair_count; ++e) {
     const PanelPair& pair = space.state->pairs[e];
     const int64_t at = pair.column - tile.column;

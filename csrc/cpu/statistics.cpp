@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "schedule.h"
+#include "shared_operands.h"
 #include "sweep.h"
 
 namespace fastcl::cpu {
@@ -146,8 +147,13 @@ void finish(const Level& level, const Problem& problem, const Sweep& sweep, cons
 }  // namespace
 
 void statistics(const Problem& problem, const Workers& workers, Vectors<float> out) {
+  Sweep sweep = make_sweep(problem);
+  const SharedOperands operands(workers, sweep, false, false);
+  statistics(problem, sweep, workers, out);
+}
+
+void statistics(const Problem& problem, const Sweep& sweep, const Workers& workers, Vectors<float> out) {
   const Level& level = selected();
-  const Sweep sweep = make_sweep(problem);
   const bool columns_wanted = !problem.column_terms.empty();
   const Writes writes = problem.symmetric           ? Writes::kSymmetric
                         : !columns_wanted           ? Writes::kRows

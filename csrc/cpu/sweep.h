@@ -65,12 +65,19 @@ inline Sweep transposed(Sweep sweep) {
   std::swap(sweep.x, sweep.y);
   std::swap(sweep.row_block, sweep.column_block);
   std::swap(sweep.rows, sweep.columns);
+  std::swap(sweep.x_packed.slices, sweep.y_packed.slices);
+  sweep.y_packed.panels = nullptr;
   std::swap(sweep.tests.x0, sweep.tests.y0);
   std::swap(sweep.tests.x_target, sweep.tests.y_target);
   std::swap(sweep.x_tags, sweep.y_tags);
   sweep.x_count = sweep.x.rows;
   return sweep;
 }
+
+// What engine.h declares, of a problem whose sweep is there with what its tasks share.
+void statistics(const Problem& problem, const Sweep& sweep, const Workers& workers, Vectors<float> out);
+void gradient(const Problem& problem, const Sweep& sweep, const Workers& workers, Vectors<const float> statistics,
+              Vectors<const float> incoming, float* a, float* b);
 
 inline int64_t row_blocks(const Sweep& sweep) { return (sweep.x.rows + sweep.row_block - 1) / sweep.row_block; }
 inline int64_t column_blocks(const Sweep& sweep) {

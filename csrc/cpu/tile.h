@@ -144,13 +144,19 @@ inline void find_exceptional(const Sweep& sweep, const Tile& tile, ExceptionalPa
   for (int32_t i = 0; i < count; ++i) found.pairs[next[unsorted[i].row / kStrip]++] = unsorted[i];
 }
 
+// Rows of a matrix as RIGHT of a product, `pitch` words from slice to slice.
+struct Slices {
+  const float* words;
+  int64_t pitch;
+};
+
 // The buffers of one thread. W is kept twice for pairs of bfloat16, as each product pairs another dimension.
 struct Workspace {
   float* x_buffer;
   float* y_buffer;  // one panel's rows
-  float* x_slices;
-  float* y_slices;
-  float* y_panels;
+  float* x_slices_buffer;
+  float* y_slices_buffer;
+  float* y_panels_buffer;
   float* logits;     // [tile][kTilePitch]
   float* w_rows;     // LEFT of W @ Y
   float* w_columns;  // LEFT of W.T @ X
@@ -159,7 +165,11 @@ struct Workspace {
   float* column_values;  // [columns.count][kMaxTile]
   float* masked;         // a strip's dots as one of the terms sees them
   ExceptionalPairs* exceptional;
-  Rows x;  // in x_buffer or in place
+  // The tile's operands, in these buffers, in place or in copies that all threads share.
+  Rows x;
+  const float* y_panels;
+  Slices x_slices{};
+  Slices y_slices{};
 };
 
 // Lays the buffers out from `base`, or only counts their bytes where it is null.
@@ -177,9 +187,9 @@ inline size_t lay_out(const Sweep& sweep, char* base, Workspace& space) {
   const int64_t y_tile = smaller(round_up(sweep.y.rows, kPanel), sweep.tile);
   space.x_buffer = take(x_tile * row_pitch(words));
   space.y_buffer = take(kPanel * row_pitch(words));
-  space.x_slices = take(slices_size<Dot>(x_tile, sweep.x.depth));
-  space.y_slices = take(slices_size<Dot>(y_tile, sweep.y.depth));
-  space.y_panels = take(y_tile * words);
+  space.x_slices_buffer = take(sweep.x_packed.slices != nullptr ? 0 : slices_size<Dot>(x_tile, sweep.x.depth));
+  space.y_slices_buffer = take(sweep.y_packed.slices != nullptr ? 0 : slices_size<Dot>(y_tile, sweep.y.depth));
+  space.y_panels_buffer = take(sweep.y_packed.panels != nullptr ? 0 : y_tile * words);
   space.logits = take(x_tile * kTilePitch);
   space.w_rows = paired ? take(x_tile * kTilePitch / 2) : space.logits;
   space.w_columns = paired ? take(x_tile * kTilePitch / 2) : space.logits;
@@ -191,38 +201,36 @@ inline size_t lay_out(const Sweep& sweep, char* base, Workspace& space) {
   return used;
 }
 
-// Rows [begin, begin + count) padded to a multiple of `unit`, in place where that is possible.
+// The part of a whole matrix' slices from a row on.
 template <class Dot>
-inline Rows prepare_rows(const Matrix& matrix, const int64_t* index, int64_t begin, int64_t count, int64_t unit,
-                         float* buffer) {
-  if (index == nullptr && count % unit == 0 && readable_in_place<Dot>(matrix)) {
-    return rows_in_place<Dot>(matrix, begin);
-  }
-  const Rows rows{buffer, row_pitch(row_words<Dot>(matrix.depth))};
-  pack_rows<Dot>(matrix, index, begin, count, round_up(count, unit), buffer, rows.pitch);
-  return rows;
+inline Slices part_of(const Matrix& matrix, const Packed& packed, int64_t first) {
+  return {packed.slices + slice_size<Dot>(first), slice_size<Dot>(round_up(matrix.rows, kTileUnit))};
 }
 
 template <class Dot>
 inline void prepare_columns(const Sweep& sweep, const Tile& tile, bool slices, Workspace& space) {
-  const int64_t words = row_words<Dot>(sweep.y.depth);
-  const int64_t slice_words = round_up(tile.columns, kPanel) / Dot::kPairs * kPanel;
-  // A panel after the other, so that its rows are read from afar once.
-  for (int64_t c = 0; c < tile.columns; c += kPanel) {
-    const Rows y =
-        prepare_rows<Dot>(sweep.y, nullptr, tile.column + c, smaller(tile.columns - c, kPanel), kPanel, space.y_buffer);
-    pack_panels(y, kPanel, words, space.y_panels + c * words);
-    if (slices) {
-      pack_slices<Dot>(y, kPanel, sweep.y.depth, slice_words, space.y_slices + c / Dot::kPairs * kPanel);
-    }
+  if (sweep.y_packed.panels != nullptr) {
+    space.y_panels = sweep.y_packed.panels + tile.column * row_words<Dot>(sweep.y.depth);
+    if (slices) space.y_slices = part_of<Dot>(sweep.y, sweep.y_packed, tile.column);
+    return;
   }
+  space.y_panels = space.y_panels_buffer;
+  space.y_slices = {space.y_slices_buffer, slice_size<Dot>(round_up(tile.columns, kPanel))};
+  pack_columns<Dot>(sweep.y, tile.column, tile.columns, space.y_buffer, space.y_panels_buffer,
+                    slices ? space.y_slices_buffer : nullptr, space.y_slices.pitch);
 }
 
 template <class Dot>
 inline void prepare_tile_rows(const Sweep& sweep, const Tile& tile, bool slices, Workspace& space) {
   space.x = prepare_rows<Dot>(sweep.x, sweep.x_index, tile.row, tile.rows, kStrip, space.x_buffer);
+  if (!slices) return;
+  if (sweep.x_packed.slices != nullptr) {
+    space.x_slices = part_of<Dot>(sweep.x, sweep.x_packed, tile.row);
+    return;
+  }
   const int64_t padded = round_up(tile.rows, kStrip);
-  if (slices) pack_slices<Dot>(space.x, padded, sweep.x.depth, padded / Dot::kPairs * kPanel, space.x_slices);
+  space.x_slices = {space.x_slices_buffer, slice_size<Dot>(padded)};
+  pack_slices<Dot>(space.x, padded, sweep.x.depth, space.x_slices.pitch, space.x_slices_buffer);
 }
 
 // What the exponential needs to know of the scale. An excluded pair's dot must become a logit of -inf, so a scale of
