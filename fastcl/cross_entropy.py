@@ -9,6 +9,7 @@ wait in the accumulation dtype for the factor that backward brings.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -196,6 +197,10 @@ class _ValueAndGradients(torch.autograd.Function):
                     # no third copy, in the accumulation dtype
                     results[at] = torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=x.dtype))
         return tuple(results)
+
+
+# torch asks for the signature at every call, and finds one that is kept much faster.
+_ValueAndGradients.forward.__signature__ = inspect.signature(_ValueAndGradients.forward)
 
 
 class FirstDerivative(torch.autograd.Function):
