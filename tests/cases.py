@@ -68,7 +68,7 @@ class Loss:
     @property
     def temperature_cancels(self) -> bool:
         """Whether the temperature's gradient is a difference of sweeps that nearly cancel."""
-        return self.name in ("ranking_both_directions", "clip_distillation", "info_nce_tau_per_query")
+        return self.name.startswith(("ranking_both_directions", "clip_distillation", "info_nce_tau_per_query"))
 
     @property
     def symmetric(self) -> bool:
@@ -407,6 +407,16 @@ LOSSES = (
         _distillation(distillation_reference),
         _CLIP,
         (8, (4.0, 8.0), 6),
+        one_operator=False,
+        sweeps=2,
+    ),
+    _row(
+        "clip_distillation_ids",
+        _distillation(fastcl.clip_distillation_loss),
+        _distillation(distillation_reference),
+        _CLIP,
+        (8, (4.0, 8.0), 6),
+        lambda x: {"ids": tag(len(x[0]), 5, x[0])},
         one_operator=False,
         sweeps=2,
     ),

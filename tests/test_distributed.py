@@ -228,9 +228,11 @@ def _teacher(pairs: int, first: int) -> tuple[Tensor, Tensor, float]:
 
 LOSSES["clip_distillation"] = Loss(
     lambda x, scale, bias, first, keys, exchange, **options: fastcl.clip_distillation_loss(
-        *x, scale, *_teacher(len(x[0]), first), normalize=True, **options
+        *x, scale, *_teacher(len(x[0]), first), ids=_tag(len(x[0]), first, 3), normalize=True, **options
     ),
-    lambda x, scale, bias: distillation_reference(*x, scale, *_teacher(len(x[0]), 0), normalize=True),
+    lambda x, scale, bias: distillation_reference(
+        *x, scale, *_teacher(len(x[0]), 0), ids=_tag(len(x[0]), 0, 3), normalize=True
+    ),
     lambda pairs: (pairs, pairs),
 )
 LOSSES["alpha_cl"] = Loss(
@@ -447,6 +449,7 @@ def check_stats(rank: int) -> None:
         lambda x, y, _, **options: fastcl.nt_xent(x, y, 0.3, **options),
         lambda x, y, _, **options: fastcl.clip_loss(x, y, 3.0, 0.5, **options),
         lambda x, y, target, **options: fastcl.info_nce(x, y, 0.3, target=target, **options),
+        lambda x, y, _, **options: fastcl.clip_distillation_loss(x, y, 3.0, y, x, 2.0, **options),
     ):
         options = {"return_stats": True, "backend": "tiled"}
         loss, stats = call(*z, target.split(pairs)[rank], group=dist.group.WORLD, **options)

@@ -100,6 +100,16 @@ def test_statistics_of_siglip() -> None:
     torch.testing.assert_close(stats, expected)
 
 
+def test_statistics_of_distillation_are_the_students() -> None:
+    ids = torch.arange(12) % 7
+    options = {"ids": ids, "normalize": True, "return_stats": True}
+    loss, stats = fastcl.clip_distillation_loss(X, Y, 3.0, Y, X, 2.0, **options)
+    torch.testing.assert_close(
+        loss, fastcl.clip_distillation_loss(X, Y, 3.0, Y, X, 2.0, ids=ids, normalize=True), rtol=0, atol=0
+    )
+    torch.testing.assert_close(stats, fastcl.clip_loss(X, Y, 3.0, **options)[1])
+
+
 def test_neighbours_in_time_are_positives() -> None:
     """Two sequences: frames at most two apart are positives, frames of the other sequence never."""
     time = torch.cat((torch.arange(6), torch.arange(6) + 1000))

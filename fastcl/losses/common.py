@@ -20,7 +20,7 @@ from fastcl.cross_entropy import cross_entropy
 from fastcl.distributed import EXCHANGES
 from fastcl.pairwise import pairwise
 from fastcl.panels import PanelFunction, panel_rows, panel_sum
-from fastcl.terms import NO_TAGS, Mask, Reduce, Tags, Term, accumulation_dtype
+from fastcl.terms import AXES, NO_TAGS, Axis, Mask, Reduce, Tags, Term, accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -132,7 +132,7 @@ def over_ranks(x: Tensor, operation: str, group: ProcessGroup | None) -> Tensor:
 
 
 class LossStats(NamedTuple):
-    """Detached 0-d diagnostics of a batch, from the loss's own sweep; reading one is what waits for the device."""
+    """Detached 0-d diagnostics of a batch; reading one is what waits for the device."""
 
     accuracy: Tensor
     """share of the rows (for CLIP: rows and columns) whose positive is the most similar candidate (acc@1)"""
@@ -346,3 +346,22 @@ def summarize(
         hardest_negative=run.over_ranks(largest, "max") / scale,
         scale=scale,
     )
+
+
+def stats_of_pairs(
+    run: Run,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    axes: Sequence[Axis] = AXES,
+    norm_bound: float | None = None,
+) -> LossStats:
+    """LossStats of pairs of rows, from a sweep of its own, for a loss whose own sweep can't say them."""
+    tags = Tags(ids=ids)
+    negatives = Mask(self_pair=False, id=None if ids is None else False)
+    terms = [Term(Reduce.SUM, Mask(self_pair=True)), *(Term(Reduce.MAX, negatives, axis) for axis in axes)]
+    with torch.no_grad():
+        positive, *hardest = run.statistics(a, b, terms, scale, tags=tags, key_tags=tags, norm_bound=norm_bound)
+    return summarize(run, positive, hardest, None, scale)

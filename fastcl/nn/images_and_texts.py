@@ -58,6 +58,10 @@ class ClipLoss(nn.Module):
         logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
+        *,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         if self.logit_scale is not None:
             if logit_scale is not None:
@@ -65,7 +69,16 @@ class ClipLoss(nn.Module):
             logit_scale = bounded_scale(self.logit_scale, self.max_scale)
         elif logit_scale is None:
             raise ValueError("logit_scale must be given, or learned by ClipLoss(temperature=...); got None")
-        loss = clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        loss = clip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            labels=labels,
+            ids=ids,
+            weight=weight,
+            **self.options,
+        )
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -93,10 +106,14 @@ class DistillClipLoss(nn.Module):
         dist_text_features: Tensor,
         dist_logit_scale: float | Tensor,
         output_dict: bool = False,
+        *,
+        ids: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         student, teacher = (image_features, text_features, logit_scale), (dist_image_features, dist_text_features)
-        contrastive = clip_loss(*student, **self.options)
-        distilled = clip_distillation_loss(*student, *teacher, dist_logit_scale, **self.options)
+        options = self.options | {"ids": ids, "weight": weight}
+        contrastive = clip_loss(*student, **options)
+        distilled = clip_distillation_loss(*student, *teacher, dist_logit_scale, **options)
         if output_dict:
             return {"contrastive_loss": contrastive, "distill_loss": distilled}
         return contrastive, distilled
