@@ -450,6 +450,10 @@ def check_stats(rank: int) -> None:
         lambda x, y, _, **options: fastcl.clip_loss(x, y, 3.0, 0.5, **options),
         lambda x, y, target, **options: fastcl.info_nce(x, y, 0.3, target=target, **options),
         lambda x, y, _, **options: fastcl.clip_distillation_loss(x, y, 3.0, y, x, 2.0, **options),
+        lambda x, y, _, **options: fastcl.alpha_cl_loss(x, y, 0.3, **options),
+        lambda x, y, _, backend, **options: fastcl.spectral_contrastive_loss(x, y, **options),
+        lambda x, y, _, **options: fastcl.multiple_negatives_ranking_loss(x, y, 0.3, directions=DIRECTIONS, **options),
+        lambda x, _, target, **options: fastcl.contrastive_loss(x, target.clamp_min(0) // 3, **options),
     ):
         options = {"return_stats": True, "backend": "tiled"}
         loss, stats = call(*z, target.split(pairs)[rank], group=dist.group.WORLD, **options)

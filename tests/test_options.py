@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 import fastcl
+from fastcl.losses.multiple_negatives import DIRECTIONS as EVERY_DIRECTION
 from tests.cases import LOSSES, Loss, make_features, refusal, require
 
 X, Y = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(2)).unbind()
@@ -108,6 +112,90 @@ def test_statistics_of_distillation_are_the_students() -> None:
         loss, fastcl.clip_distillation_loss(X, Y, 3.0, Y, X, 2.0, ids=ids, normalize=True), rtol=0, atol=0
     )
     torch.testing.assert_close(stats, fastcl.clip_loss(X, Y, 3.0, **options)[1])
+
+
+def expected_stats(similarity: Tensor, positive: Tensor, negative: Tensor, scale: float) -> fastcl.LossStats:
+    """By the dense matrix: the mean is over rows with a positive."""
+    rows = positive.any(dim=1)
+    best, hardest = (similarity.masked_fill(~mask, -math.inf).amax(dim=1) for mask in (positive, negative))
+    mean = (similarity * positive).sum(dim=1)[rows] / positive.sum(dim=1)[rows]
+    return fastcl.LossStats((best > hardest)[rows].float().mean(), mean.mean(), hardest.max(), torch.tensor(scale))
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_statistics_of_labelled_rows(distance: str, normalize: bool) -> None:
+    labels, ids = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 0, 0]), torch.arange(12) // 3
+    z = (X + 0.5 * Y[labels]).requires_grad_()
+    rows = torch.nn.functional.normalize(z, dim=1) if normalize else z
+    similarity = 1 - torch.cdist(rows, rows).square() / 2 if distance == "euclidean" else rows @ rows.T
+    same = labels[:, None] == labels
+    negative = ~same & (ids[:, None] != ids)
+    expected = expected_stats(similarity.detach(), same & ~torch.eye(12, dtype=torch.bool), negative, 1.0)
+    assert 0 < expected.accuracy < 1
+    for loss in (fastcl.contrastive_loss, fastcl.triplet_loss, fastcl.lifted_structure_loss):
+        options = {"distance": distance, "normalize": normalize, "ids": ids}
+        value, stats = loss(z, labels, return_stats=True, **options)
+        assert torch.equal(value, loss(z, labels, **options))
+        torch.testing.assert_close(stats, expected)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_statistics_of_pairs(normalize: bool) -> None:
+    """Of the losses whose statistics come from a sweep of their own."""
+    z1, z2, ids = X.clone().requires_grad_(), X + Y, torch.arange(12) // 2
+    unit = [torch.nn.functional.normalize(x, dim=1) if normalize else x for x in (z1.detach(), z2)]
+    itself = torch.eye(12, dtype=torch.bool)
+    negative = ids[:, None] != ids
+    options = {"ids": ids, "normalize": normalize, "return_stats": True}
+    loss, stats = fastcl.spectral_contrastive_loss(z1, z2, **options)
+    assert loss.requires_grad
+    torch.testing.assert_close(stats, expected_stats(unit[0] @ unit[1].T, itself, negative, 1.0))
+    loss, stats = fastcl.alpha_cl_loss(z1, z2, 0.5, **options)
+    assert loss.requires_grad
+    both = torch.cat(unit)
+    similarity = 1 - torch.cdist(both, both).square() / 2
+    other_view = itself.repeat(2, 2) & ~torch.eye(24, dtype=torch.bool)
+    expected = expected_stats(similarity, other_view, negative.repeat(2, 2), 2.0)
+    torch.testing.assert_close(stats, expected)
+
+
+def test_collapsed_features_retrieve_nothing() -> None:
+    z = torch.ones(9, 4)
+    for loss in (fastcl.nt_xent, fastcl.alpha_cl_loss):
+        assert loss(z, z, 0.5, return_stats=True)[1].accuracy == 0
+    assert fastcl.triplet_loss(z, torch.arange(9) // 3, return_stats=True)[1].accuracy == 0
+
+
+@BACKENDS
+@pytest.mark.parametrize("hardness", [0.0, 3.0])
+@pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "doc_to_query"), EVERY_DIRECTION])
+def test_statistics_of_ranking(directions: tuple[str, ...], hardness: float, backend: str) -> None:
+    query, document, negative = X.clone().requires_grad_(), X + Y, Y.flip(0)
+    options = {"directions": directions, "return_stats": True, "backend": backend}
+    if hardness:
+        options |= {"hardness_mode": "all_negatives", "hardness_strength": hardness}
+    q, d, n = (torch.nn.functional.normalize(x.detach(), dim=1) for x in (query, document, negative))
+    own, nothing = torch.eye(12, dtype=torch.bool), torch.full((12, 12), -math.inf)
+    candidates = {
+        "query_to_doc": ((q @ d.T).where(~own, nothing), q @ n.T),
+        "doc_to_query": ((d @ q.T).where(~own, nothing),),
+        "query_to_query": ((q @ q.T).where(~own, nothing),),
+        "doc_to_doc": ((d @ d.T).where(~own, nothing), (d @ n.T).where(~own, nothing)),
+    }
+    positive = (q * d).sum(dim=1)
+    hardest = torch.cat([x for name in directions for x in candidates[name]], dim=1).amax(dim=1)
+    for tau in (0.2, torch.tensor(0.2, requires_grad=True)):
+        _, stats = fastcl.multiple_negatives_ranking_loss(query, document, tau, negatives=[negative], **options)
+        torch.testing.assert_close(stats.accuracy, (positive > hardest).float().mean())
+        torch.testing.assert_close(stats.positive_similarity, positive.mean())
+        torch.testing.assert_close(stats.hardest_negative, hardest.max())
+        torch.testing.assert_close(stats.scale, torch.tensor(5.0))
+    if len(directions) == 2 and not hardness:
+        options["partition_mode"] = "per_direction"
+        _, stats = fastcl.multiple_negatives_ranking_loss(query, document, 0.2, **options)
+        _, expected = fastcl.clip_loss(query, document, 5.0, normalize=True, return_stats=True)
+        torch.testing.assert_close(stats, expected)
 
 
 def test_neighbours_in_time_are_positives() -> None:

@@ -11,8 +11,15 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from fastcl.checks import check_choice
-from fastcl.losses.common import Run
-from fastcl.losses.distances import LabelledRows, average, check_margin, distances, positives_and_negatives
+from fastcl.losses.common import LossStats, Run
+from fastcl.losses.distances import (
+    LabelledRows,
+    average,
+    check_margin,
+    distances,
+    positives_and_negatives,
+    stats_of_rows,
+)
 from fastcl.panels import Outputs, Panel, Slopes, panel_function
 
 MINING = ("all", "semihard", "hard")
@@ -92,9 +99,10 @@ def triplet_loss(
     weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    return_stats: bool = False,
     backend: str | None = None,
     group: ProcessGroup | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LossStats]:
     r"""The triplet loss of a labelled batch, averaged over the triplets that are active.
 
     A triplet is an anchor a, another row p of its label and a row n of a different one; with the distances d,
@@ -121,6 +129,9 @@ def triplet_loss(
         weight: [N], a constant factor of an anchor's loss; the count is that without weights.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum" (N times the mean), or "none" for [N].
+        return_stats: also return a :class:`fastcl.LossStats` from a sweep of its own: how often an anchor's nearest row
+            has its label, the mean cosine of positive pairs (1 - |x - y|^2 / 2 where rows aren't normalised), and the
+            hardest negative's.
         backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty; labels and ids mean the same on all of them.
@@ -132,8 +143,9 @@ def triplet_loss(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
-    Complexity: 3 * N^2 * D multiply-adds for value and gradient (4 for "none"), and O(N^2 log N) to sort each row once
-    for "all" and "semihard", whatever the number of triplets; O(N) memory beyond features and gradients.
+    Complexity: 3 * N^2 * D multiply-adds for value and gradient (4 for "none"), N^2 * D more for ``return_stats``, and
+    O(N^2 log N) to sort each row once for "all" and "semihard", whatever the number of triplets; O(N) memory beyond
+    features and gradients.
 
     Source: Schroff, Kalenichenko and Philbin, FaceNet, 2015 (arXiv:1503.03832); Hermans, Beyer and Leibe, In Defense of
     the Triplet Loss, 2017 (arXiv:1703.07737). Equals pytorch-metric-learning's ``TripletMarginLoss``, by itself, with
@@ -154,10 +166,12 @@ def triplet_loss(
     if margin < 0:
         raise ValueError(f"margin must be at least 0, got {margin}")
     rows = LabelledRows.checked(z, labels, ids, weight, distance=distance, normalize=normalize, group=group)
-    run = Run.checked(reduction, backend, group, "auto", loss="triplet_loss", mining=mining)
+    run = Run.checked(reduction, backend, group, "auto", loss="triplet_loss", mining=mining, return_stats=return_stats)
     if mining == "hard":
-        return average(run, hardest_triplet, rows, (margin, float(smooth_loss)))
-    return average(run, all_triplets, rows, (margin, float(mining == "semihard")))
+        loss = average(run, hardest_triplet, rows, (margin, float(smooth_loss)))
+    else:
+        loss = average(run, all_triplets, rows, (margin, float(mining == "semihard")))
+    return (loss, stats_of_rows(run, rows)) if return_stats else loss
 
 
 def reference(

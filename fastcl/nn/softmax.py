@@ -240,5 +240,15 @@ class MultipleNegativesRankingLoss(nn.Module):
             "exchange": exchange,
         }
 
-    def forward(self, query: Tensor, document: Tensor, negatives: Sequence[Tensor] = ()) -> Tensor:
-        return multiple_negatives_ranking_loss(query, document, negatives=negatives, **self.options)
+    def forward(
+        self,
+        query: Tensor,
+        document: Tensor,
+        negatives: Sequence[Tensor] = (),
+        *,
+        ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        return multiple_negatives_ranking_loss(
+            query, document, negatives=negatives, ids=ids, weight=weight, **self.options
+        )
