@@ -280,16 +280,25 @@ LOSSES = (
         info_nce_reference,
         _QUERIES,
         _ROWS_IN_TWO,
-        lambda x: {"labels": (torch.arange(len(x[0])),) * 2, "label_width": 2, "ids": _ids(x)},
+        lambda x: {
+            "labels": (torch.arange(len(x[0]), device=x[0].device),) * 2,
+            "label_width": 2,
+            "ids": _ids(x),
+            "label_smoothing": 0.1,
+        },
         one_operator=False,
     ),
     _row(
         "info_nce_smoothing",
         fastcl.info_nce,
         info_nce_reference,
-        _QUERIES,
+        _LONGER,
         _ROWS_IN_TWO,
-        lambda x: {"label_smoothing": 0.1},
+        lambda x: {
+            "label_smoothing": 0.1,
+            "ids": _ids(x),
+            "target": _shuffled(len(x[0]), len(x[1]), x[0].device),
+        },
         one_operator=False,
     ),
     _row(
@@ -302,7 +311,11 @@ LOSSES = (
         _clip(clip_reference),
         _CLIP,
         _BOTH,
-        lambda x: {"labels": tag(len(x[0]), 7, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
+        lambda x: {
+            "labels": tag(len(x[0]), 7, x[0]),
+            "ids": tag(len(x[0]), 5, x[0], shift=2),
+            "label_smoothing": 0.2,
+        },
         one_operator=False,
     ),
     _row(

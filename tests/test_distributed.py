@@ -186,7 +186,7 @@ LOSSES |= {
     "nt_xent_ids": _views(ids=3),
     "nt_xent_labels": _views(labels=4),
     "clip_ids_margin": _clip(ids=5, false_negative_margin=0.1),
-    "clip_labels": _clip(labels=4),
+    "clip_labels": _clip(labels=4, ids=3, label_smoothing=0.2),
     "clip_smoothing": _clip(label_smoothing=0.2),
     "sup_con": Loss(
         lambda x, scale, bias, first, keys, **options: fastcl.sup_con_loss(

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 import fastcl
+from fastcl.losses.clip import reference as clip_reference
+from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.multiple_negatives import DIRECTIONS as EVERY_DIRECTION
+from fastcl.losses.nt_xent import reference as nt_xent_reference
+from fastcl.losses.sup_con import reference as sup_con_reference
 from tests.cases import LOSSES, Loss, make_features, refusal, require
 
 X, Y = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(2)).unbind()
@@ -43,6 +47,103 @@ def test_weights_are_factors_and_the_mean_is_over_rows(name: str) -> None:
     torch.testing.assert_close(WEIGHTED[name](weight, reduction="mean"), rows.mean())
     constant = WEIGHTED[name](weight.clone().requires_grad_(), reduction="mean")
     assert not constant.requires_grad
+
+
+SMOOTHED = {
+    "nt_xent-ids": (
+        lambda x, y, tags, **o: fastcl.nt_xent(x, y, 0.3, ids=tags, **o),
+        lambda x, y, tags, **o: nt_xent_reference(x, y, 0.3, ids=tags, **o),
+    ),
+    "nt_xent-labels-ids": (
+        lambda x, y, tags, **o: fastcl.nt_xent(x, y, 0.3, labels=tags, ids=tags // 2, **o),
+        lambda x, y, tags, **o: sup_con_reference(
+            torch.cat((x, y)), tags.repeat(2), 0.3, ids=(tags // 2).repeat(2), **o
+        ),
+    ),
+    "sup_con-without-positives": (
+        lambda x, y, tags, **o: fastcl.sup_con_loss(x + y, tags + torch.arange(12).clamp_max(5), 0.3, **o),
+        lambda x, y, tags, **o: sup_con_reference(x + y, tags + torch.arange(12).clamp_max(5), 0.3, **o),
+    ),
+    "info_nce-ids-of-other-queries": (
+        lambda x, y, tags, **o: fastcl.info_nce(x, y, 0.3, ids=(tags, tags.flip(0)), **o),
+        lambda x, y, tags, **o: info_nce_reference(x, y, 0.3, ids=(tags, tags.flip(0)), **o),
+    ),
+    "info_nce-negatives-ids": (
+        lambda x, y, tags, **o: fastcl.info_nce(x, y, 0.3, negatives=y[:5], ids=(tags, tags[:5]), **o),
+        lambda x, y, tags, **o: info_nce_reference(x, y, 0.3, negatives=y[:5], ids=(tags, tags[:5]), **o),
+    ),
+    "info_nce-own-negatives": (
+        lambda x, y, tags, **o: fastcl.info_nce(x, y, 0.3, negatives=y[:, None] + x[None, :4], **o),
+        lambda x, y, tags, **o: info_nce_reference(x, y, 0.3, negatives=y[:, None] + x[None, :4], **o),
+    ),
+    "clip-ids": (
+        lambda x, y, tags, **o: fastcl.clip_loss(x, y, 3.0, ids=tags, **o),
+        lambda x, y, tags, **o: clip_reference(x, y, 3.0, ids=tags, **o),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smoothing_is_spread_over_the_candidates_that_are_left(name: str) -> None:
+    """As cross entropy with a target that is 1 - 0.2 at the positives, evenly, and 0.2 over everything admitted."""
+    call, reference = SMOOTHED[name]
+    inputs = [t.double().requires_grad_() for t in (X, Y)]
+    for tags in (torch.tensor([0, 1, 5, 5, 3, 2, 1, 1, 8, 9, 5, 3]), torch.zeros(12, dtype=torch.int64)):
+        options = {"label_smoothing": 0.2}
+        expected = reference(*inputs, tags, **options)
+        weights = torch.rand_like(expected)
+        exact = torch.autograd.grad((weights * expected).sum(), inputs)
+        found = call(*inputs, tags, reduction="none", **options)
+        torch.testing.assert_close(found, expected)
+        for x, y in zip(torch.autograd.grad((weights * found).sum(), inputs), exact, strict=True):
+            torch.testing.assert_close(x, y)
+        torch.testing.assert_close(call(*inputs, tags, **options), expected.mean())
+
+
+def test_modules_pass_the_options_on() -> None:
+    ids, weight = torch.arange(12) // 2, torch.rand(12)
+    options = {"ids": ids, "weight": weight}
+    smoothing = {"label_smoothing": 0.2}
+    unit = {"normalize": True}
+    for found, expected in (
+        (fastcl.nn.NTXentLoss(0.3, **smoothing)(X, Y, **options), fastcl.nt_xent(X, Y, 0.3, **options, **smoothing)),
+        (fastcl.nn.InfoNCELoss(0.3, **smoothing)(X, Y, **options), fastcl.info_nce(X, Y, 0.3, **options, **smoothing)),
+        (
+            fastcl.nn.InfoNCELoss(0.3, false_negative_margin=0.1)(X, Y),
+            fastcl.info_nce(X, Y, 0.3, false_negative_margin=0.1),
+        ),
+        (
+            fastcl.nn.SupConLoss(0.3, **smoothing)(X, ids, weight=weight),
+            fastcl.sup_con_loss(X, ids, 0.3, weight=weight, **smoothing),
+        ),
+        (
+            fastcl.nn.ClipLoss(**unit, **smoothing)(X, Y, 3.0, labels=ids, weight=weight),
+            fastcl.clip_loss(X, Y, 3.0, labels=ids, weight=weight, **unit, **smoothing),
+        ),
+        (
+            fastcl.nn.DistillClipLoss(**unit)(X, Y, 3.0, Y, X, 2.0, **options)[1],
+            fastcl.clip_distillation_loss(X, Y, 3.0, Y, X, 2.0, **options, **unit),
+        ),
+        (
+            fastcl.nn.MultipleNegativesRankingLoss(4.0)(X, Y, (X + Y,), **options),
+            fastcl.multiple_negatives_ranking_loss(X, Y, 0.25, negatives=(X + Y,), **options),
+        ),
+    ):
+        torch.testing.assert_close(found, expected)
+        assert found != 0
+
+
+def test_a_target_that_is_spread_out() -> None:
+    """The meaning itself: the cross entropy with such a target, written with its probabilities."""
+    labels, ids = torch.arange(12) // 4, torch.arange(12) // 2
+    x, y = (torch.nn.functional.normalize(t.double(), dim=1) for t in (X, Y))
+    positive = labels[:, None] == labels
+    candidate = positive | (ids[:, None] != ids)
+    target = 0.7 * positive / positive.sum(dim=1, keepdim=True) + 0.3 * candidate / candidate.sum(dim=1, keepdim=True)
+    logits = (x @ y.T / 0.3).masked_fill(~candidate, -1e9)
+    expected = torch.nn.functional.cross_entropy(logits, target)
+    found = fastcl.info_nce(x, y, 0.3, labels=labels, ids=ids, label_smoothing=0.3)
+    torch.testing.assert_close(found, expected)
 
 
 @BACKENDS

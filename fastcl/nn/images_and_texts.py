@@ -18,7 +18,7 @@ class ClipLoss(nn.Module):
 
     ``forward(image_features, text_features, logit_scale, logit_bias=None, output_dict=False)``; with ``output_dict``
     the result is ``{"contrastive_loss": loss}``. Given a ``temperature``, the module owns a ``logit_scale`` parameter
-    (the logarithm), trains it and needs none in the call.
+    (the logarithm), trains it and needs none in the call. ``labels``, ``ids`` and ``weight`` of the pairs go by name.
 
     >>> import torch, fastcl
     >>> x = torch.eye(3, 8)
@@ -31,6 +31,8 @@ class ClipLoss(nn.Module):
         temperature: float | None = None,
         *,
         max_scale: float = 100.0,
+        label_smoothing: float = 0.0,
+        false_negative_margin: float | None = None,
         normalize: bool = False,
         reduction: str = "mean",
         backend: str | None = None,
@@ -44,6 +46,8 @@ class ClipLoss(nn.Module):
         self.max_scale = max_scale
         self.logit_scale = None if temperature is None else log_scale(temperature)
         self.options = {
+            "label_smoothing": label_smoothing,
+            "false_negative_margin": false_negative_margin,
             "normalize": normalize,
             "reduction": reduction,
             "backend": backend,
@@ -85,7 +89,8 @@ class ClipLoss(nn.Module):
 class DistillClipLoss(nn.Module):
     """:func:`fastcl.clip_loss` and :func:`fastcl.clip_distillation_loss` as a module, called as open_clip's own.
 
-    The result is the tuple ``(contrastive_loss, distill_loss)``, or with ``output_dict`` a dictionary of both.
+    The result is the tuple ``(contrastive_loss, distill_loss)``, or with ``output_dict`` a dictionary of both. ``ids``
+    and ``weight`` of the pairs, by name, go to both.
 
     >>> import torch, fastcl
     >>> x = torch.eye(3, 8)
