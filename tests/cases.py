@@ -514,6 +514,7 @@ LOSSES = (
         smooth_loss=True,
         distance="cosine",
     ),
+    _labelled("triplet_swap", fastcl.triplet_loss, triplet_reference, _UNEVEN, mining="hard", swap=True, margin=0.3),
     _labelled("lifted_structure", fastcl.lifted_structure_loss, lifted_structure_reference, _TWO_STAGES),
     _labelled(
         "lifted_structure_norms",

@@ -182,6 +182,7 @@ LOSSES |= {
     "contrastive": _labelled(fastcl.contrastive_loss, contrastive_reference, pos_margin=0.1),
     "triplet_all": _labelled(fastcl.triplet_loss, triplet_reference, margin=0.2, normalize=False),
     "triplet_hard": _labelled(fastcl.triplet_loss, triplet_reference, margin=0.2, mining="hard"),
+    "triplet_swap": _labelled(fastcl.triplet_loss, triplet_reference, margin=0.2, mining="hard", swap=True),
     "lifted_structure": _labelled(fastcl.lifted_structure_loss, lifted_structure_reference, normalize=False),
     "nt_xent_ids": _views(ids=3),
     "nt_xent_labels": _views(labels=4),

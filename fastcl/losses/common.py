@@ -122,7 +122,7 @@ class Run(NamedTuple):
         return over_ranks(x, operation, self.group)
 
     def gather(self, x: Tensor) -> Tensor:
-        """The rows of all ranks of the group, without gradient."""
+        """The rows of all ranks of the group; gradients are those of the sum of all ranks' objectives."""
         return x if self.group is None else torch.ops.fastcl.gather_over_ranks(x, self.group.group_name, self.call)[0]
 
 

@@ -5,7 +5,7 @@ May import :mod:`fastcl.losses.common` and the panels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -100,6 +100,16 @@ def distances(panel: Panel, first: int = 0) -> tuple[Tensor, Callable[..., Slope
     return distance, of_euclidean
 
 
+def distance_of_rows(x: Tensor, y: Tensor, *, euclidean: bool) -> Tensor:
+    """The distance of x[i] and y[i] for each i, whose slope is 0 at a distance of 0."""
+    if not euclidean:
+        return 1 - row_similarity(x, y)
+    dtype = accumulation_dtype(x.dtype)
+    squared = (x.to(dtype) - y.to(dtype)).square().sum(dim=1)
+    nothing = squared == 0
+    return squared.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
+
+
 def positives_and_negatives(panel: Panel) -> tuple[Tensor, Tensor]:
     """Bool [rows, columns]: the other rows of an equal label, and those of another label (and another id)."""
     same = panel.same_label
@@ -131,10 +141,15 @@ def average(
         mean = total / count.detach().clamp_min(1)
         return mean if run.reduction == "mean" else mean * everything.detach()
     outputs = panel_rows(function, rows.z, None, **operands)
-    sums, counts = outputs[::2], [count.detach().sum() for count in outputs[1::2]]
+    return average_of_rows(run, rows, outputs[::2], outputs[1::2])
+
+
+def average_of_rows(run: Run, rows: LabelledRows, sums: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:
+    """The same, given sums and counts for each row."""
     everything = counts[0].new_full((), rows.z.shape[0])
-    *counts, everything = run.over_ranks(torch.stack((*counts, everything)), "sum").unbind()
-    loss = sum(x * (everything / count.clamp_min(1)) for x, count in zip(sums, counts, strict=True))
+    totals = torch.stack((*(count.detach().sum() for count in counts), everything))
+    *totals, everything = run.over_ranks(totals, "sum").unbind()
+    loss = sum(x * (everything / total.clamp_min(1)) for x, total in zip(sums, totals, strict=True))
     return run.reduce(loss, rows.weight)
 
 
