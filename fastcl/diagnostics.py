@@ -61,8 +61,7 @@ def retrieval_accuracy(
         ids: integers [N]: keys of an equal id are duplicates, which are no rivals of each other.
         normalize: scale each row to unit length first.
         group: a torch.distributed process group: the rows are those of all its ranks, which may differ in number, or be
-            none; rivals are among the keys of all of them, and the shares are of
-            all queries.
+            none; rivals are the keys of all of them, and the shares are those of all queries.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
@@ -75,8 +74,7 @@ def retrieval_accuracy(
     >>> retrieval_accuracy(query, query.flip(0), k=[1, 2]).query_to_key.tolist()
     [0.0, 1.0]
     """
-    may_be_empty = _may_be_empty(group)
-    check_pair("query", query, "key", key, same_rows=True, may_be_empty=may_be_empty)
+    check_pair("query", query, "key", key, same_rows=True, may_be_empty=_may_be_empty(group))
     for size in k:
         check_count("k", size)
     if ids is not None:
@@ -149,8 +147,7 @@ def softmax_entropy(
     >>> softmax_entropy(torch.ones(1, 2), torch.ones(4, 2), 0.1).exp().round().tolist()  # as if among 4 keys
     [4.0]
     """
-    may_be_empty = _may_be_empty(group)
-    check_pair("query", query, "key", key, same_rows=False, may_be_empty=may_be_empty)
+    check_pair("query", query, "key", key, same_rows=False, may_be_empty=_may_be_empty(group))
     check_scalar("tau", tau, positive=True)
     if normalize:
         query, key = normalize_rows(query), normalize_rows(key)
@@ -173,8 +170,7 @@ def hardest_negative(
         normalize: scale each row to unit length first.
         backend: insist on one of :func:`fastcl.list_backends`.
         group: a torch.distributed process group: the rows are those of all its ranks, which may differ in number, or be
-            none; the negatives are the keys of all of them. Each rank has
-            as many queries as keys then.
+            none; the negatives are the keys of all of them. Each rank needs as many queries as keys then.
 
     Returns:
         [N] of this rank's queries, without gradient; -inf where there is no other key.
@@ -189,9 +185,8 @@ def hardest_negative(
     >>> hardest_negative(torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])).tolist()
     [0.6000000238418579, 0.0]
     """
-    may_be_empty = _may_be_empty(group)
-    # Which key is a query's own is said by their places, in the order of the ranks.
-    check_pair("query", query, "key", key, same_rows=may_be_empty, may_be_empty=may_be_empty)
+    # Over ranks a query and its own key must have the same place in the union.
+    check_pair("query", query, "key", key, same_rows=group is not None, may_be_empty=_may_be_empty(group))
     if normalize:
         query, key = normalize_rows(query), normalize_rows(key)
     terms = [Term(Reduce.MAX, Mask(self_pair=False))]
