@@ -196,6 +196,24 @@ LOSSES |= {
         lambda x, scale, bias: sup_con_reference(x[0], _tag(len(x[0]), 0, 4), 1 / scale, form="in", label_width=1),
         lambda pairs: (pairs,),
     ),
+    "info_nce_smoothing": Loss(
+        lambda x, scale, bias, first, keys, **options: fastcl.info_nce(
+            *x,
+            1 / scale,
+            target=_target(len(x[0]), first, keys),
+            ids=_tag(len(x[0]), first, 3),
+            label_smoothing=0.2,
+            **options,
+        ),
+        lambda x, scale, bias: info_nce_reference(
+            *x,
+            1 / scale,
+            target=_target(len(x[0]), 0, len(x[0])),
+            ids=(_tag(len(x[0]), 0, 3),) * 2,
+            label_smoothing=0.2,
+        ),
+        lambda pairs: (pairs, pairs),
+    ),
     "info_nce_labels": Loss(
         lambda x, scale, bias, first, keys, **options: fastcl.info_nce(
             *x, 1 / scale, labels=_tag(len(x[0]), first, 4), ids=_tag(len(x[0]), first, 3), **options

@@ -190,12 +190,11 @@ def count_equal(run: Run, own: Tensor, others: Tensor, width: int = 0) -> Tensor
 
 
 def count_matches(run: Run, own: Tags, others: Tags, width: int = 0) -> Tensor:
-    """How many of the others, on all ranks, have a label that differs from each own one by no more than ``width``, or
-    an equal id, or both.
+    """How many of the others, on all ranks, have a label that differs from each own one by no more than ``width``, or,
+    where ids are given, an equal id.
     """
-    if own.labels is None or own.ids is None:
-        name = "ids" if own.labels is None else "labels"
-        return count_equal(run, getattr(own, name), getattr(others, name), 0 if own.labels is None else width)
+    if own.ids is None:
+        return count_equal(run, own.labels, others.labels, width)
     labels, ids = (run.gather(x.to(torch.int64)) for x in (others.labels, others.ids))
     by_label, by_id = labels.sort().values, ids.sort().values
     lowest = torch.searchsorted(by_label, own.labels.to(torch.int64) - width)
@@ -397,12 +396,11 @@ def stats_of_pairs(
     *,
     ids: Tensor | None = None,
     axes: Sequence[Axis] = AXES,
-    norm_bound: float | None = None,
 ) -> LossStats:
     """LossStats of pairs of rows, from a sweep of its own, for a loss whose own sweep can't say them."""
     tags = Tags(ids=ids)
     negatives = Mask(self_pair=False, id=None if ids is None else False)
     terms = [Term(Reduce.SUM, Mask(self_pair=True)), *(Term(Reduce.MAX, negatives, axis) for axis in axes)]
     with torch.no_grad():
-        positive, *hardest = run.statistics(a, b, terms, scale, tags=tags, key_tags=tags, norm_bound=norm_bound)
+        positive, *hardest = run.statistics(a, b, terms, scale, tags=tags, key_tags=tags)
     return summarize(run, positive, hardest, None, scale)
