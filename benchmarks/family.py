@@ -20,7 +20,7 @@ from fastcl.losses.multiple_negatives import DIRECTIONS
 from fastcl.terms import Plan
 
 ROWS, DIM = 6, 4
-OPTIONS = ("labels", "ids", "weight", "return_stats", "group", "normalize", "reduction")
+OPTIONS = ("labels", "ids", "weight", "label_smoothing", "return_stats", "group", "normalize", "reduction")
 """the keyword arguments that losses have in common"""
 
 
@@ -62,7 +62,7 @@ def variants() -> list[Variant]:
             label_smoothing=smoothing,
         ),
         *of(fastcl.clip_loss, x, y, 2.0, labels=labels, ids=ids, margin=margin, label_smoothing=smoothing),
-        *of(fastcl.clip_distillation_loss, x, y, 2.0, x, y, 3.0),
+        *of(fastcl.clip_distillation_loss, x, y, 2.0, x, y, 3.0, ids=ids),
         *of(fastcl.sup_con_loss, x, tags, 0.5, ids=ids),
         *of(fastcl.dcl_loss, x, y, 0.5, ids=ids),
         *of(fastcl.macl_loss, x, y, 0.5, ids=ids),
@@ -74,7 +74,7 @@ def variants() -> list[Variant]:
         *of(fastcl.binary_nce_loss, x, y, 0.5),
         *of(fastcl.spectral_contrastive_loss, x, y, ids=ids),
         *of(fastcl.contrastive_loss, x, tags, 0.1, 0.9),
-        *of(fastcl.triplet_loss, x, tags),
+        *of(fastcl.triplet_loss, x, tags, swap={"mining": "hard", "swap": True}),
         *of(fastcl.lifted_structure_loss, x, tags),
     ]
 

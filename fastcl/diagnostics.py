@@ -1,6 +1,7 @@
 """What a batch and its loss say about the representation: retrieval, entropy, mutual information, geometry, bounds.
 
-May import :mod:`fastcl.losses.common`, the primitives and below. None of it holds the similarity matrix.
+May import :mod:`fastcl.losses.common`, the primitives and below. None of it holds the similarity matrix. Over a
+``group`` gradients are as those of the losses: after the usual mean over ranks, those of the union.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from fastcl.checks import check_count, check_matrix, check_pair, check_row_vector, check_scalar
-from fastcl.losses.common import inverse, normalize_rows, safe_logsumexp
+from fastcl.checks import check_count, check_group, check_matrix, check_pair, check_row_vector, check_scalar
+from fastcl.losses.common import inverse, normalize_rows, over_ranks
 from fastcl.pairwise import pairwise
 from fastcl.panels import Outputs, Panel, Slopes, panel_function, panel_rows
 from fastcl.terms import Mask, Reduce, Tags, Term, accumulation_dtype
@@ -38,7 +40,13 @@ def _no_worse_negatives(panel: Panel):
 
 @torch.no_grad()
 def retrieval_accuracy(
-    query: Tensor, key: Tensor, k: Sequence[int] = (1, 5, 10), *, ids: Tensor | None = None, normalize: bool = True
+    query: Tensor,
+    key: Tensor,
+    k: Sequence[int] = (1, 5, 10),
+    *,
+    ids: Tensor | None = None,
+    normalize: bool = True,
+    group: ProcessGroup | None = None,
 ) -> RetrievalAccuracy:
     r"""In-batch retrieval both ways: is a query's own key among its k most similar keys, and the reverse?
 
@@ -52,6 +60,8 @@ def retrieval_accuracy(
         k: the sizes of the shortlist.
         ids: integers [N]: keys of an equal id are duplicates, which are no rivals of each other.
         normalize: scale each row to unit length first.
+        group: a torch.distributed process group: the rows are those of all its ranks, which may differ in number, or be
+            none; rivals are the keys of all of them, and the shares are those of all queries.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
@@ -64,7 +74,7 @@ def retrieval_accuracy(
     >>> retrieval_accuracy(query, query.flip(0), k=[1, 2]).query_to_key.tolist()
     [0.0, 1.0]
     """
-    check_pair("query", query, "key", key, same_rows=True)
+    check_pair("query", query, "key", key, same_rows=True, may_be_empty=_may_be_empty(group))
     for size in k:
         check_count("k", size)
     if ids is not None:
@@ -73,11 +83,24 @@ def retrieval_accuracy(
         query, key = normalize_rows(query), normalize_rows(key)
     tags = Tags(ids=ids)
     sizes = torch.tensor(list(k), device=query.device)
+    call = f"function=retrieval_accuracy\nk={list(k)}\nids={ids is not None}\nnormalize={normalize}"
     accuracies = []
     for a, b in ((query, key), (key, query)):
-        (rivals,) = panel_rows(_no_worse_negatives, a, b, tags=tags, key_tags=tags)
-        accuracies.append((rivals[:, None] < sizes).to(rivals.dtype).mean(dim=0))
+        (rivals,) = panel_rows(_no_worse_negatives, a, b, tags=tags, key_tags=tags, group=group, call=call)
+        accuracies.append(_mean((rivals[:, None] < sizes).to(rivals.dtype), group))
     return RetrievalAccuracy(*accuracies)
+
+
+def _may_be_empty(group: ProcessGroup | None) -> bool:
+    """Whether this rank's share may be: with a group, which is checked."""
+    if group is not None:
+        check_group("group", group)
+    return group is not None
+
+
+def _mean(rows: Tensor, group: ProcessGroup | None) -> Tensor:
+    """The mean over the rows of all ranks."""
+    return over_ranks(rows.sum(dim=0), "sum", group) / over_ranks(rows.new_full((), len(rows)), "sum", group)
 
 
 @panel_function(outputs=1)
@@ -92,7 +115,14 @@ def _entropies(panel: Panel):
     return (entropy,), pull_back
 
 
-def softmax_entropy(query: Tensor, key: Tensor, tau: float | Tensor, *, normalize: bool = True) -> Tensor:
+def softmax_entropy(
+    query: Tensor,
+    key: Tensor,
+    tau: float | Tensor,
+    *,
+    normalize: bool = True,
+    group: ProcessGroup | None = None,
+) -> Tensor:
     r"""The entropy of each query's softmax over the keys, in nats: from 0 to log M.
 
     .. math:: H_i = -\sum_j p_{ij} \log p_{ij}, \qquad p_{ij} = \text{softmax}_j(\langle q_i, k_j\rangle / \tau)
@@ -101,9 +131,11 @@ def softmax_entropy(query: Tensor, key: Tensor, tau: float | Tensor, *, normaliz
         query, key: [N, D] and [M, D].
         tau: the temperature, a positive float or a 0-d tensor.
         normalize: scale each row to unit length first.
+        group: a torch.distributed process group: the rows are those of all its ranks, which may differ in number, or be
+            none; the softmax is over the keys of all of them.
 
     Returns:
-        [N], differentiable.
+        [N] of this rank's queries, differentiable.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
@@ -115,23 +147,33 @@ def softmax_entropy(query: Tensor, key: Tensor, tau: float | Tensor, *, normaliz
     >>> softmax_entropy(torch.ones(1, 2), torch.ones(4, 2), 0.1).exp().round().tolist()  # as if among 4 keys
     [4.0]
     """
-    check_pair("query", query, "key", key, same_rows=False)
+    check_pair("query", query, "key", key, same_rows=False, may_be_empty=_may_be_empty(group))
     check_scalar("tau", tau, positive=True)
     if normalize:
         query, key = normalize_rows(query), normalize_rows(key)
-    return panel_rows(_entropies, query, key, scale=inverse(tau, query))[0]
+    call = f"function=softmax_entropy\nnormalize={normalize}"
+    return panel_rows(_entropies, query, key, scale=inverse(tau, query), group=group, call=call)[0]
 
 
-def hardest_negative(query: Tensor, key: Tensor, *, normalize: bool = True, backend: str | None = None) -> Tensor:
+def hardest_negative(
+    query: Tensor,
+    key: Tensor,
+    *,
+    normalize: bool = True,
+    backend: str | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
     r"""The largest similarity of each query to another row's key, :math:`\max_{j \ne i} \langle q_i, k_j\rangle`.
 
     Args:
         query, key: [N, D] and [M, D]; key i is query i's own.
         normalize: scale each row to unit length first.
         backend: insist on one of :func:`fastcl.list_backends`.
+        group: a torch.distributed process group: the rows are those of all its ranks, which may differ in number, or be
+            none; the negatives are the keys of all of them. Each rank needs as many queries as keys then.
 
     Returns:
-        [N] without gradient; -inf where there is no other key.
+        [N] of this rank's queries, without gradient; -inf where there is no other key.
 
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
@@ -143,11 +185,13 @@ def hardest_negative(query: Tensor, key: Tensor, *, normalize: bool = True, back
     >>> hardest_negative(torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8]])).tolist()
     [0.6000000238418579, 0.0]
     """
-    check_pair("query", query, "key", key, same_rows=False)
+    # Over ranks a query and its own key must have the same place in the union.
+    check_pair("query", query, "key", key, same_rows=group is not None, may_be_empty=_may_be_empty(group))
     if normalize:
         query, key = normalize_rows(query), normalize_rows(key)
+    terms = [Term(Reduce.MAX, Mask(self_pair=False))]
     with torch.no_grad():
-        return pairwise(query, key, [Term(Reduce.MAX, Mask(self_pair=False))], backend=backend)[0]
+        return pairwise(query, key, terms, backend=backend, group=group, call="function=hardest_negative")[0]
 
 
 class MutualInformation(NamedTuple):
@@ -163,8 +207,8 @@ def mutual_information(loss: Tensor | float, candidates: int) -> MutualInformati
     The bound can't exceed :math:`\log N`: near this ceiling it says that there are too few negatives to tell.
 
     Args:
-        loss: the mean InfoNCE loss, in nats.
-        candidates: N, the keys that a query chooses among: its own and the negatives; 2B - 1 for NT-Xent.
+        loss: the mean InfoNCE loss, in nats; over many ranks that of their union (``group=`` of the loss).
+        candidates: N, the keys that a query chooses among, of all ranks: its own and the negatives; 2B - 1 for NT-Xent.
 
     Raises:
         ValueError: ``candidates`` is no positive integer.
@@ -181,12 +225,14 @@ def mutual_information(loss: Tensor | float, candidates: int) -> MutualInformati
     return MutualInformation(ceiling - loss, ceiling)
 
 
-def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> Tensor:
+def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0, group: ProcessGroup | None = None) -> Tensor:
     r"""How far the two views of an example are apart, :math:`\frac{1}{N} \sum_i \lVert x_i - y_i\rVert^\alpha`.
 
     Args:
         x, y: [N, D]; rows are scaled to unit length first.
         alpha: the exponent.
+        group: a torch.distributed process group: the rows are those of all its ranks, which may differ in number, or be
+            none; the mean is over all of them.
 
     Returns:
         A 0-d tensor, differentiable; the smaller, the better aligned.
@@ -202,16 +248,17 @@ def alignment(x: Tensor, y: Tensor, *, alpha: float = 2.0) -> Tensor:
     >>> round(alignment(torch.eye(2), torch.eye(2).flip(0)).item(), 4)
     2.0
     """
-    check_pair("x", x, "y", y, same_rows=True)
+    check_pair("x", x, "y", y, same_rows=True, may_be_empty=_may_be_empty(group))
     check_scalar("alpha", alpha, positive=True)
     dtype = accumulation_dtype(x.dtype)
     squared = (normalize_rows(x.to(dtype)) - normalize_rows(y.to(dtype))).square().sum(dim=1)
     # Equal views have no slope, rather than the NaN of a root at 0.
     apart = squared > 0
-    return squared.where(apart, squared.new_ones(())).pow(alpha / 2).where(apart, squared.new_zeros(())).mean()
+    powers = squared.where(apart, squared.new_ones(())).pow(alpha / 2).where(apart, squared.new_zeros(()))
+    return _mean(powers, group)
 
 
-def uniformity(z: Tensor, *, t: float = 2.0, backend: str | None = None) -> Tensor:
+def uniformity(z: Tensor, *, t: float = 2.0, backend: str | None = None, group: ProcessGroup | None = None) -> Tensor:
     r"""How evenly the rows cover the sphere, the logarithm of their mean Gaussian potential.
 
     .. math:: \log \frac{1}{N (N - 1)} \sum_{i \ne j} e^{-t \lVert z_i - z_j\rVert^2}
@@ -220,6 +267,8 @@ def uniformity(z: Tensor, *, t: float = 2.0, backend: str | None = None) -> Tens
         z: [N, D], at least two rows; they are scaled to unit length first.
         t: the sharpness of the potential.
         backend: insist on one of :func:`fastcl.list_backends`.
+        group: a torch.distributed process group: the rows are those of all its ranks, which may differ in number, or be
+            none; the pairs are those of the union, which has at least two rows.
 
     Returns:
         A 0-d tensor, differentiable; the smaller, the more uniform. At most 0.
@@ -237,14 +286,24 @@ def uniformity(z: Tensor, *, t: float = 2.0, backend: str | None = None) -> Tens
     >>> round(uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).item(), 4)  # -2 * 2^2
     -8.0
     """
-    check_matrix("z", z)
+    check_matrix("z", z, may_be_empty=_may_be_empty(group))
     check_scalar("t", t, positive=True)
-    if z.shape[0] < 2:
+    if group is None and z.shape[0] < 2:
         raise ValueError(f"z must have at least 2 rows to be apart, got shape {tuple(z.shape)}")
     (rows,) = pairwise(
-        normalize_rows(z), None, [Term(Reduce.LSE, Mask(self_pair=False))], 2 * t, norm_bound=1.0, backend=backend
+        normalize_rows(z),
+        None,
+        [Term(Reduce.LSE, Mask(self_pair=False))],
+        2 * t,
+        norm_bound=1.0,
+        backend=backend,
+        group=group,
+        call="function=uniformity",
     )
-    return safe_logsumexp(rows) - math.log(z.shape[0] * (z.shape[0] - 1)) - 2 * t
+    largest = over_ranks(torch.cat((rows.detach(), rows.new_full((1,), -math.inf))).amax(), "max", group)
+    total = over_ranks((rows - largest).exp().sum(), "sum", group)
+    count = over_ranks(rows.new_full((), len(rows)), "sum", group)
+    return total.log() + largest - (count * (count - 1)).log() - 2 * t
 
 
 class SurrogateBounds(NamedTuple):

@@ -68,7 +68,7 @@ class Loss:
     @property
     def temperature_cancels(self) -> bool:
         """Whether the temperature's gradient is a difference of sweeps that nearly cancel."""
-        return self.name in ("ranking_both_directions", "clip_distillation", "info_nce_tau_per_query")
+        return self.name.startswith(("ranking_both_directions", "clip_distillation", "info_nce_tau_per_query"))
 
     @property
     def symmetric(self) -> bool:
@@ -280,16 +280,25 @@ LOSSES = (
         info_nce_reference,
         _QUERIES,
         _ROWS_IN_TWO,
-        lambda x: {"labels": (torch.arange(len(x[0])),) * 2, "label_width": 2, "ids": _ids(x)},
+        lambda x: {
+            "labels": (torch.arange(len(x[0]), device=x[0].device),) * 2,
+            "label_width": 2,
+            "ids": _ids(x),
+            "label_smoothing": 0.1,
+        },
         one_operator=False,
     ),
     _row(
         "info_nce_smoothing",
         fastcl.info_nce,
         info_nce_reference,
-        _QUERIES,
+        _LONGER,
         _ROWS_IN_TWO,
-        lambda x: {"label_smoothing": 0.1},
+        lambda x: {
+            "label_smoothing": 0.1,
+            "ids": _ids(x),
+            "target": _shuffled(len(x[0]), len(x[1]), x[0].device),
+        },
         one_operator=False,
     ),
     _row(
@@ -302,7 +311,11 @@ LOSSES = (
         _clip(clip_reference),
         _CLIP,
         _BOTH,
-        lambda x: {"labels": tag(len(x[0]), 7, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
+        lambda x: {
+            "labels": tag(len(x[0]), 7, x[0]),
+            "ids": tag(len(x[0]), 5, x[0], shift=2),
+            "label_smoothing": 0.2,
+        },
         one_operator=False,
     ),
     _row(
@@ -410,6 +423,16 @@ LOSSES = (
         one_operator=False,
         sweeps=2,
     ),
+    _row(
+        "clip_distillation_ids",
+        _distillation(fastcl.clip_distillation_loss),
+        _distillation(distillation_reference),
+        _CLIP,
+        (8, (4.0, 8.0), 6),
+        lambda x: {"ids": tag(len(x[0]), 5, x[0])},
+        one_operator=False,
+        sweeps=2,
+    ),
     *(
         _row(
             f"alpha_cl_{rule}",
@@ -491,6 +514,7 @@ LOSSES = (
         smooth_loss=True,
         distance="cosine",
     ),
+    _labelled("triplet_swap", fastcl.triplet_loss, triplet_reference, _UNEVEN, mining="hard", swap=True, margin=0.3),
     _labelled("lifted_structure", fastcl.lifted_structure_loss, lifted_structure_reference, _TWO_STAGES),
     _labelled(
         "lifted_structure_norms",

@@ -67,6 +67,16 @@ X, Y = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1))
         (lambda: fastcl.nt_xent(X, Y, 0.1, weight=torch.ones(12)), ValueError, r"weight must have shape \(6,\)"),
         (lambda: fastcl.nt_xent(X, Y, 0.1, label_smoothing=1.0), ValueError, r"label_smoothing must be .* got 1.0"),
         (
+            lambda: fastcl.nt_xent(X, Y, 0.1, label_smoothing=0.1, false_negative_margin=0.2),
+            ValueError,
+            r"label_smoothing must be 0 with a false_negative_margin: .* got 0.1 and 0.2",
+        ),
+        (
+            lambda: fastcl.sup_con_loss(X, torch.arange(6), 0.1, form="in", label_smoothing=0.1),
+            ValueError,
+            r"label_smoothing must be 0 with form='in', .* got 0.1",
+        ),
+        (
             lambda: fastcl.nt_xent(X, Y, 0.1, labels=torch.arange(6), false_negative_margin=0.1),
             ValueError,
             r"labels and false_negative_margin exclude each other, got false_negative_margin=0.1",

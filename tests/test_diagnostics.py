@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -145,6 +146,42 @@ def test_the_bounds_of_a_constant_feature_have_a_closed_form() -> None:
         assert lower == pytest.approx(math.log(7) - math.log1p(1 / negatives))
 
 
+OVER_RANKS = {
+    "retrieval_accuracy": lambda x, y, ids, **o: torch.cat(diagnostics.retrieval_accuracy(x, y, (1, 3), ids=ids, **o)),
+    "softmax_entropy": lambda x, y, _, **o: diagnostics.softmax_entropy(x, y, 0.3, **o),
+    "hardest_negative": lambda x, y, _, **o: diagnostics.hardest_negative(x, y, backend="tiled", **o),
+    "alignment": lambda x, y, _, **o: diagnostics.alignment(x, y, alpha=1.0, **o),
+    "uniformity": lambda x, y, _, **o: diagnostics.uniformity(x + y, backend="tiled", **o),
+}
+
+
+def check_the_union(rank: int, lengths: list[int]) -> None:
+    """Values, and gradients after the mean over ranks, are those of the union of the ranks' rows."""
+    x, y = torch.randn(2, sum(lengths), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y += 2 * x
+    ids = torch.arange(len(x)) * 5 // 3 % 6
+    whole = [t.clone().requires_grad_() for t in (x, y)]
+    own = [t.split(lengths)[rank].clone().requires_grad_() for t in (x, y)]
+    for name, call in OVER_RANKS.items():
+        expected = call(*whole, ids)
+        found = call(*own, ids.split(lengths)[rank], group=dist.group.WORLD)
+        of_rows = name in ("softmax_entropy", "hardest_negative")
+        torch.testing.assert_close(found, expected.split(lengths)[rank] if of_rows else expected, msg=name)
+        assert found.requires_grad is expected.requires_grad
+        if not expected.requires_grad:
+            continue
+        exact = torch.autograd.grad(expected.mean(), whole)
+        # The rows' mean is over those of all ranks; what every rank has already is the same number on each.
+        gradients = torch.autograd.grad(found.sum() * len(lengths) / len(x) if of_rows else found, own)
+        for gradient, of_all in zip(gradients, exact, strict=True):
+            torch.testing.assert_close(gradient / len(lengths), of_all.split(lengths)[rank], msg=name)
+
+
+@pytest.mark.parametrize("lengths", [[5, 4], [7, 0]])
+def test_over_ranks(worlds, lengths: list[int]) -> None:
+    worlds(2).run(check_the_union, lengths)
+
+
 X = torch.randn(6, 4)
 
 
@@ -155,6 +192,7 @@ X = torch.randn(6, 4)
         (lambda: diagnostics.retrieval_accuracy(X, X, (0,)), r"k must be an integer of at least 1, got 0"),
         (lambda: diagnostics.softmax_entropy(X, X, 0.0), r"tau must be positive, got 0.0"),
         (lambda: diagnostics.mutual_information(1.0, 0), r"candidates must be an integer of at least 1, got 0"),
+        (lambda: diagnostics.softmax_entropy(X, X[:0], 0.1), r"key must have at least one row"),
         (lambda: diagnostics.alignment(X, X, alpha=-1.0), r"alpha must be positive, got -1.0"),
         (lambda: diagnostics.uniformity(X[:1]), r"z must have at least 2 rows to be apart, got shape \(1, 4\)"),
         (lambda: diagnostics.surrogate_bounds(1.0, 4, 1), r"classes must be at least 2, got 1"),
@@ -165,3 +203,9 @@ X = torch.randn(6, 4)
 def test_bad_input_names_the_argument_its_value_and_what_was_expected(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("call", OVER_RANKS.values(), ids=OVER_RANKS)
+def test_a_group_is_a_process_group(call) -> None:
+    with pytest.raises(TypeError, match=r"group must be None or a torch.distributed.ProcessGroup .* got 3"):
+        call(X, X, torch.arange(6), group=3)

@@ -182,11 +182,12 @@ LOSSES |= {
     "contrastive": _labelled(fastcl.contrastive_loss, contrastive_reference, pos_margin=0.1),
     "triplet_all": _labelled(fastcl.triplet_loss, triplet_reference, margin=0.2, normalize=False),
     "triplet_hard": _labelled(fastcl.triplet_loss, triplet_reference, margin=0.2, mining="hard"),
+    "triplet_swap": _labelled(fastcl.triplet_loss, triplet_reference, margin=0.2, mining="hard", swap=True),
     "lifted_structure": _labelled(fastcl.lifted_structure_loss, lifted_structure_reference, normalize=False),
     "nt_xent_ids": _views(ids=3),
     "nt_xent_labels": _views(labels=4),
     "clip_ids_margin": _clip(ids=5, false_negative_margin=0.1),
-    "clip_labels": _clip(labels=4),
+    "clip_labels": _clip(labels=4, ids=3, label_smoothing=0.2),
     "clip_smoothing": _clip(label_smoothing=0.2),
     "sup_con": Loss(
         lambda x, scale, bias, first, keys, **options: fastcl.sup_con_loss(
@@ -194,6 +195,24 @@ LOSSES |= {
         ),
         lambda x, scale, bias: sup_con_reference(x[0], _tag(len(x[0]), 0, 4), 1 / scale, form="in", label_width=1),
         lambda pairs: (pairs,),
+    ),
+    "info_nce_smoothing": Loss(
+        lambda x, scale, bias, first, keys, **options: fastcl.info_nce(
+            *x,
+            1 / scale,
+            target=_target(len(x[0]), first, keys),
+            ids=_tag(len(x[0]), first, 3),
+            label_smoothing=0.2,
+            **options,
+        ),
+        lambda x, scale, bias: info_nce_reference(
+            *x,
+            1 / scale,
+            target=_target(len(x[0]), 0, len(x[0])),
+            ids=(_tag(len(x[0]), 0, 3),) * 2,
+            label_smoothing=0.2,
+        ),
+        lambda pairs: (pairs, pairs),
     ),
     "info_nce_labels": Loss(
         lambda x, scale, bias, first, keys, **options: fastcl.info_nce(
@@ -228,9 +247,11 @@ def _teacher(pairs: int, first: int) -> tuple[Tensor, Tensor, float]:
 
 LOSSES["clip_distillation"] = Loss(
     lambda x, scale, bias, first, keys, exchange, **options: fastcl.clip_distillation_loss(
-        *x, scale, *_teacher(len(x[0]), first), normalize=True, **options
+        *x, scale, *_teacher(len(x[0]), first), ids=_tag(len(x[0]), first, 3), normalize=True, **options
     ),
-    lambda x, scale, bias: distillation_reference(*x, scale, *_teacher(len(x[0]), 0), normalize=True),
+    lambda x, scale, bias: distillation_reference(
+        *x, scale, *_teacher(len(x[0]), 0), ids=_tag(len(x[0]), 0, 3), normalize=True
+    ),
     lambda pairs: (pairs, pairs),
 )
 LOSSES["alpha_cl"] = Loss(
@@ -447,6 +468,11 @@ def check_stats(rank: int) -> None:
         lambda x, y, _, **options: fastcl.nt_xent(x, y, 0.3, **options),
         lambda x, y, _, **options: fastcl.clip_loss(x, y, 3.0, 0.5, **options),
         lambda x, y, target, **options: fastcl.info_nce(x, y, 0.3, target=target, **options),
+        lambda x, y, _, **options: fastcl.clip_distillation_loss(x, y, 3.0, y, x, 2.0, **options),
+        lambda x, y, _, **options: fastcl.alpha_cl_loss(x, y, 0.3, **options),
+        lambda x, y, _, backend, **options: fastcl.spectral_contrastive_loss(x, y, **options),
+        lambda x, y, _, **options: fastcl.multiple_negatives_ranking_loss(x, y, 0.3, directions=DIRECTIONS, **options),
+        lambda x, _, target, **options: fastcl.contrastive_loss(x, target.clamp_min(0) // 3, **options),
     ):
         options = {"return_stats": True, "backend": "tiled"}
         loss, stats = call(*z, target.split(pairs)[rank], group=dist.group.WORLD, **options)

@@ -13,6 +13,7 @@ LABELLED = {
     "triplet-all": lambda z, labels, **o: fastcl.triplet_loss(z, labels, 0.2, **o),
     "triplet-semihard": lambda z, labels, **o: fastcl.triplet_loss(z, labels, 0.2, "semihard", **o),
     "triplet-hard": lambda z, labels, **o: fastcl.triplet_loss(z, labels, 0.2, "hard", **o),
+    "triplet-swap": lambda z, labels, **o: fastcl.triplet_loss(z, labels, 0.2, "hard", swap=True, **o),
     "triplet-smooth": lambda z, labels, **o: fastcl.triplet_loss(z, labels, 0.2, "hard", smooth_loss=True, **o),
     "lifted_structure": fastcl.lifted_structure_loss,
 }
@@ -120,6 +121,11 @@ X, LABELS = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
             lambda: fastcl.triplet_loss(X, LABELS, smooth_loss=True),
             ValueError,
             r"smooth_loss must be False",
+        ),
+        (
+            lambda: fastcl.triplet_loss(X, LABELS, mining="semihard", swap=True),
+            ValueError,
+            r"swap must be False with mining='semihard': .* takes time cubic",
         ),
         (lambda: fastcl.lifted_structure_loss(X, LABELS, backend="cpu"), ValueError, r"backend 'cpu' can't compute"),
         (lambda: fastcl.binary_nce_loss(X, X, 0.1, noise_ratio=0.0), ValueError, r"noise_ratio must be positive"),

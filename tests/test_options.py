@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
 import fastcl
+from fastcl.losses.clip import reference as clip_reference
+from fastcl.losses.info_nce import reference as info_nce_reference
+from fastcl.losses.multiple_negatives import DIRECTIONS as EVERY_DIRECTION
+from fastcl.losses.nt_xent import reference as nt_xent_reference
+from fastcl.losses.sup_con import reference as sup_con_reference
 from tests.cases import LOSSES, Loss, make_features, refusal, require
 
 X, Y = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(2)).unbind()
@@ -39,6 +47,103 @@ def test_weights_are_factors_and_the_mean_is_over_rows(name: str) -> None:
     torch.testing.assert_close(WEIGHTED[name](weight, reduction="mean"), rows.mean())
     constant = WEIGHTED[name](weight.clone().requires_grad_(), reduction="mean")
     assert not constant.requires_grad
+
+
+SMOOTHED = {
+    "nt_xent-ids": (
+        lambda x, y, tags, **o: fastcl.nt_xent(x, y, 0.3, ids=tags, **o),
+        lambda x, y, tags, **o: nt_xent_reference(x, y, 0.3, ids=tags, **o),
+    ),
+    "nt_xent-labels-ids": (
+        lambda x, y, tags, **o: fastcl.nt_xent(x, y, 0.3, labels=tags, ids=tags // 2, **o),
+        lambda x, y, tags, **o: sup_con_reference(
+            torch.cat((x, y)), tags.repeat(2), 0.3, ids=(tags // 2).repeat(2), **o
+        ),
+    ),
+    "sup_con-without-positives": (
+        lambda x, y, tags, **o: fastcl.sup_con_loss(x + y, tags + torch.arange(12).clamp_max(5), 0.3, **o),
+        lambda x, y, tags, **o: sup_con_reference(x + y, tags + torch.arange(12).clamp_max(5), 0.3, **o),
+    ),
+    "info_nce-ids-of-other-queries": (
+        lambda x, y, tags, **o: fastcl.info_nce(x, y, 0.3, ids=(tags, tags.flip(0)), **o),
+        lambda x, y, tags, **o: info_nce_reference(x, y, 0.3, ids=(tags, tags.flip(0)), **o),
+    ),
+    "info_nce-negatives-ids": (
+        lambda x, y, tags, **o: fastcl.info_nce(x, y, 0.3, negatives=y[:5], ids=(tags, tags[:5]), **o),
+        lambda x, y, tags, **o: info_nce_reference(x, y, 0.3, negatives=y[:5], ids=(tags, tags[:5]), **o),
+    ),
+    "info_nce-own-negatives": (
+        lambda x, y, tags, **o: fastcl.info_nce(x, y, 0.3, negatives=y[:, None] + x[None, :4], **o),
+        lambda x, y, tags, **o: info_nce_reference(x, y, 0.3, negatives=y[:, None] + x[None, :4], **o),
+    ),
+    "clip-ids": (
+        lambda x, y, tags, **o: fastcl.clip_loss(x, y, 3.0, ids=tags, **o),
+        lambda x, y, tags, **o: clip_reference(x, y, 3.0, ids=tags, **o),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_smoothing_is_spread_over_the_candidates_that_are_left(name: str) -> None:
+    """As cross entropy with a target that is 1 - 0.2 at the positives, evenly, and 0.2 over everything admitted."""
+    call, reference = SMOOTHED[name]
+    inputs = [t.double().requires_grad_() for t in (X, Y)]
+    for tags in (torch.tensor([0, 1, 5, 5, 3, 2, 1, 1, 8, 9, 5, 3]), torch.zeros(12, dtype=torch.int64)):
+        options = {"label_smoothing": 0.2}
+        expected = reference(*inputs, tags, **options)
+        weights = torch.rand_like(expected)
+        exact = torch.autograd.grad((weights * expected).sum(), inputs)
+        found = call(*inputs, tags, reduction="none", **options)
+        torch.testing.assert_close(found, expected)
+        for x, y in zip(torch.autograd.grad((weights * found).sum(), inputs), exact, strict=True):
+            torch.testing.assert_close(x, y)
+        torch.testing.assert_close(call(*inputs, tags, **options), expected.mean())
+
+
+def test_modules_pass_the_options_on() -> None:
+    ids, weight = torch.arange(12) // 2, torch.rand(12)
+    options = {"ids": ids, "weight": weight}
+    smoothing = {"label_smoothing": 0.2}
+    unit = {"normalize": True}
+    for found, expected in (
+        (fastcl.nn.NTXentLoss(0.3, **smoothing)(X, Y, **options), fastcl.nt_xent(X, Y, 0.3, **options, **smoothing)),
+        (fastcl.nn.InfoNCELoss(0.3, **smoothing)(X, Y, **options), fastcl.info_nce(X, Y, 0.3, **options, **smoothing)),
+        (
+            fastcl.nn.InfoNCELoss(0.3, false_negative_margin=0.1)(X, Y),
+            fastcl.info_nce(X, Y, 0.3, false_negative_margin=0.1),
+        ),
+        (
+            fastcl.nn.SupConLoss(0.3, **smoothing)(X, ids, weight=weight),
+            fastcl.sup_con_loss(X, ids, 0.3, weight=weight, **smoothing),
+        ),
+        (
+            fastcl.nn.ClipLoss(**unit, **smoothing)(X, Y, 3.0, labels=ids, weight=weight),
+            fastcl.clip_loss(X, Y, 3.0, labels=ids, weight=weight, **unit, **smoothing),
+        ),
+        (
+            fastcl.nn.DistillClipLoss(**unit)(X, Y, 3.0, Y, X, 2.0, **options)[1],
+            fastcl.clip_distillation_loss(X, Y, 3.0, Y, X, 2.0, **options, **unit),
+        ),
+        (
+            fastcl.nn.MultipleNegativesRankingLoss(4.0)(X, Y, (X + Y,), **options),
+            fastcl.multiple_negatives_ranking_loss(X, Y, 0.25, negatives=(X + Y,), **options),
+        ),
+    ):
+        torch.testing.assert_close(found, expected)
+        assert found != 0
+
+
+def test_a_target_that_is_spread_out() -> None:
+    """The meaning itself: the cross entropy with such a target, written with its probabilities."""
+    labels, ids = torch.arange(12) // 4, torch.arange(12) // 2
+    x, y = (torch.nn.functional.normalize(t.double(), dim=1) for t in (X, Y))
+    positive = labels[:, None] == labels
+    candidate = positive | (ids[:, None] != ids)
+    target = 0.7 * positive / positive.sum(dim=1, keepdim=True) + 0.3 * candidate / candidate.sum(dim=1, keepdim=True)
+    logits = (x @ y.T / 0.3).masked_fill(~candidate, -1e9)
+    expected = torch.nn.functional.cross_entropy(logits, target)
+    found = fastcl.info_nce(x, y, 0.3, labels=labels, ids=ids, label_smoothing=0.3)
+    torch.testing.assert_close(found, expected)
 
 
 @BACKENDS
@@ -98,6 +203,100 @@ def test_statistics_of_siglip() -> None:
     assert loss.requires_grad
     _, expected = fastcl.clip_loss(x, y, 3.0, normalize=True, return_stats=True)
     torch.testing.assert_close(stats, expected)
+
+
+def test_statistics_of_distillation_are_the_students() -> None:
+    ids = torch.arange(12) % 7
+    options = {"ids": ids, "normalize": True, "return_stats": True}
+    loss, stats = fastcl.clip_distillation_loss(X, Y, 3.0, Y, X, 2.0, **options)
+    torch.testing.assert_close(
+        loss, fastcl.clip_distillation_loss(X, Y, 3.0, Y, X, 2.0, ids=ids, normalize=True), rtol=0, atol=0
+    )
+    torch.testing.assert_close(stats, fastcl.clip_loss(X, Y, 3.0, **options)[1])
+
+
+def expected_stats(similarity: Tensor, positive: Tensor, negative: Tensor, scale: float) -> fastcl.LossStats:
+    """By the dense matrix: the mean is over rows with a positive."""
+    rows = positive.any(dim=1)
+    best, hardest = (similarity.masked_fill(~mask, -math.inf).amax(dim=1) for mask in (positive, negative))
+    mean = (similarity * positive).sum(dim=1)[rows] / positive.sum(dim=1)[rows]
+    return fastcl.LossStats((best > hardest)[rows].float().mean(), mean.mean(), hardest.max(), torch.tensor(scale))
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_statistics_of_labelled_rows(distance: str, normalize: bool) -> None:
+    labels, ids = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 0, 0]), torch.arange(12) // 3
+    z = (X + 0.5 * Y[labels]).requires_grad_()
+    rows = torch.nn.functional.normalize(z, dim=1) if normalize else z
+    similarity = 1 - torch.cdist(rows, rows).square() / 2 if distance == "euclidean" else rows @ rows.T
+    same = labels[:, None] == labels
+    negative = ~same & (ids[:, None] != ids)
+    expected = expected_stats(similarity.detach(), same & ~torch.eye(12, dtype=torch.bool), negative, 1.0)
+    assert 0 < expected.accuracy < 1
+    for loss in (fastcl.contrastive_loss, fastcl.triplet_loss, fastcl.lifted_structure_loss):
+        options = {"distance": distance, "normalize": normalize, "ids": ids}
+        value, stats = loss(z, labels, return_stats=True, **options)
+        assert torch.equal(value, loss(z, labels, **options))
+        torch.testing.assert_close(stats, expected)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_statistics_of_pairs(normalize: bool) -> None:
+    """Of the losses whose statistics come from a sweep of their own."""
+    z1, z2, ids = X.clone().requires_grad_(), X + Y, torch.arange(12) // 2
+    unit = [torch.nn.functional.normalize(x, dim=1) if normalize else x for x in (z1.detach(), z2)]
+    itself = torch.eye(12, dtype=torch.bool)
+    negative = ids[:, None] != ids
+    options = {"ids": ids, "normalize": normalize, "return_stats": True}
+    loss, stats = fastcl.spectral_contrastive_loss(z1, z2, **options)
+    assert loss.requires_grad
+    torch.testing.assert_close(stats, expected_stats(unit[0] @ unit[1].T, itself, negative, 1.0))
+    loss, stats = fastcl.alpha_cl_loss(z1, z2, 0.5, **options)
+    assert loss.requires_grad
+    both = torch.cat(unit)
+    similarity = 1 - torch.cdist(both, both).square() / 2
+    other_view = itself.repeat(2, 2) & ~torch.eye(24, dtype=torch.bool)
+    expected = expected_stats(similarity, other_view, negative.repeat(2, 2), 2.0)
+    torch.testing.assert_close(stats, expected)
+
+
+def test_collapsed_features_retrieve_nothing() -> None:
+    z = torch.ones(9, 4)
+    for loss in (fastcl.nt_xent, fastcl.alpha_cl_loss):
+        assert loss(z, z, 0.5, return_stats=True)[1].accuracy == 0
+    assert fastcl.triplet_loss(z, torch.arange(9) // 3, return_stats=True)[1].accuracy == 0
+
+
+@BACKENDS
+@pytest.mark.parametrize("hardness", [0.0, 3.0])
+@pytest.mark.parametrize("directions", [("query_to_doc",), ("query_to_doc", "doc_to_query"), EVERY_DIRECTION])
+def test_statistics_of_ranking(directions: tuple[str, ...], hardness: float, backend: str) -> None:
+    query, document, negative = X.clone().requires_grad_(), X + Y, Y.flip(0)
+    options = {"directions": directions, "return_stats": True, "backend": backend}
+    if hardness:
+        options |= {"hardness_mode": "all_negatives", "hardness_strength": hardness}
+    q, d, n = (torch.nn.functional.normalize(x.detach(), dim=1) for x in (query, document, negative))
+    own, nothing = torch.eye(12, dtype=torch.bool), torch.full((12, 12), -math.inf)
+    candidates = {
+        "query_to_doc": ((q @ d.T).where(~own, nothing), q @ n.T),
+        "doc_to_query": ((d @ q.T).where(~own, nothing),),
+        "query_to_query": ((q @ q.T).where(~own, nothing),),
+        "doc_to_doc": ((d @ d.T).where(~own, nothing), (d @ n.T).where(~own, nothing)),
+    }
+    positive = (q * d).sum(dim=1)
+    hardest = torch.cat([x for name in directions for x in candidates[name]], dim=1).amax(dim=1)
+    for tau in (0.2, torch.tensor(0.2, requires_grad=True)):
+        _, stats = fastcl.multiple_negatives_ranking_loss(query, document, tau, negatives=[negative], **options)
+        torch.testing.assert_close(stats.accuracy, (positive > hardest).float().mean())
+        torch.testing.assert_close(stats.positive_similarity, positive.mean())
+        torch.testing.assert_close(stats.hardest_negative, hardest.max())
+        torch.testing.assert_close(stats.scale, torch.tensor(5.0))
+    if len(directions) == 2 and not hardness:
+        options["partition_mode"] = "per_direction"
+        _, stats = fastcl.multiple_negatives_ranking_loss(query, document, 0.2, **options)
+        _, expected = fastcl.clip_loss(query, document, 5.0, normalize=True, return_stats=True)
+        torch.testing.assert_close(stats, expected)
 
 
 def test_neighbours_in_time_are_positives() -> None:

@@ -241,22 +241,24 @@ def test_contrastive_is_that_of_pytorch_metric_learning(labelled, cosine: bool, 
 
 
 @COSINE
-@pytest.mark.parametrize("mining", ["all", "semihard", "hard", "smooth"])
+@pytest.mark.parametrize("mining", ["all", "semihard", "hard", "smooth", "hard-swap", "smooth-swap"])
 def test_triplets_are_those_of_pytorch_metric_learning(labelled, cosine: bool, mining: str) -> None:
     z, labels = labelled
     losses, miners = peer("pytorch_metric_learning.losses"), peer("pytorch_metric_learning.miners")
+    mining, _, swap = mining.partition("-")
     smooth = mining == "smooth"
-    criterion = losses.TripletMarginLoss(0.2, smooth_loss=smooth, distance=_distance(cosine))
+    criterion = losses.TripletMarginLoss(0.2, bool(swap), smooth, distance=_distance(cosine))
     miner = {
         "all": None,
         "semihard": miners.TripletMarginMiner(0.2, "semihard", distance=_distance(cosine)),
         "hard": miners.BatchHardMiner(distance=_distance(cosine)),
     }["hard" if smooth else mining]
     theirs = criterion(z, labels, None if miner is None else miner(z, labels))
-    ours = fastcl.nn.TripletMarginLoss(
-        0.2, smooth, mining="hard" if smooth else mining, distance="cosine" if cosine else "euclidean"
-    )
+    options = {"mining": "hard" if smooth else mining, "distance": "cosine" if cosine else "euclidean"}
+    ours = fastcl.nn.TripletMarginLoss(0.2, bool(swap), smooth, **options)
     assert theirs > 0
+    if swap:
+        assert not torch.isclose(ours(z, labels), fastcl.nn.TripletMarginLoss(0.2, False, smooth, **options)(z, labels))
     assert_same(ours(z, labels), theirs, [z])
 
 

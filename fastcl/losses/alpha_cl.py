@@ -10,8 +10,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_between, check_choice, check_pair, check_row_vector, check_scalar
-from fastcl.losses.common import Run, check_weight, normalize_rows, other_view, row_similarity
-from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.losses.common import (
+    LossStats,
+    Run,
+    check_weight,
+    inverse,
+    normalize_rows,
+    other_view,
+    row_similarity,
+    summarize,
+)
+from fastcl.panels import Outputs, Panel, Slopes, panel_function, panel_rows
 from fastcl.terms import Tags
 
 
@@ -26,9 +35,10 @@ def alpha_cl_loss(
     weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    return_stats: bool = False,
     backend: str | None = None,
     group: ProcessGroup | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LossStats]:
     r"""The energy of pairs whose importance is computed from the batch and then held constant.
 
     With :math:`z = [z_1; z_2]` of 2B rows (of unit length where ``normalize``), :math:`p(i)` the row of the other view
@@ -53,6 +63,8 @@ def alpha_cl_loss(
         weight: [B], a constant factor of the losses of both views of an example. The mean still divides by 2B.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [2B]: the rows of ``z1``, then those of ``z2``.
+        return_stats: also return a :class:`fastcl.LossStats`, from a sweep of its own. The similarity is
+            :math:`1 - d_{ij}^2`, the cosine of rows of unit length.
         backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty. The features of all ranks are gathered.
@@ -64,8 +76,8 @@ def alpha_cl_loss(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
-    Complexity: 3 * (2B)^2 * D multiply-adds for value and gradient (4 for "none"), O(B) memory beyond features and
-    gradients.
+    Complexity: 3 * (2B)^2 * D multiply-adds for value and gradient (4 for "none"), (2B)^2 * D more for
+    ``return_stats``; O(B) memory beyond features and gradients.
 
     Source: Tian, Understanding Deep Contrastive Learning via Coordinate-wise Optimization, 2022 (arXiv:2201.12680).
 
@@ -84,7 +96,9 @@ def alpha_cl_loss(
     check_weight(weight, z1)
     if ids is not None:
         check_row_vector("ids", ids, z1, integer=True)
-    run = Run.checked(reduction, backend, group, "auto", loss="alpha_cl_loss", importance=importance)
+    run = Run.checked(
+        reduction, backend, group, "auto", loss="alpha_cl_loss", importance=importance, return_stats=return_stats
+    )
     z = torch.cat((z1, z2))
     ids, weight = (None if x is None else torch.cat((x, x)) for x in (ids, weight))
     if normalize:
@@ -93,17 +107,19 @@ def alpha_cl_loss(
     other = other_view(len(z1), z.device)
     to_positive = 0.5 * (squares + squares[other]) - row_similarity(z, z[other])
     tags = Tags(_examples(run, z1).repeat(2), ids)
-    return run.panels(
-        RULES[importance],
-        z,
-        None,
-        weight,
-        row_params=torch.stack((squares, to_positive)),
-        column_params=squares[None],
-        tags=tags,
-        key_tags=tags,
-        numbers=(tau, power),
-    )
+    operands = {
+        "row_params": torch.stack((squares, to_positive)),
+        "column_params": squares[None],
+        "tags": tags,
+        "numbers": (tau, power),
+    }
+    loss = run.panels(RULES[importance], z, None, weight, **operands)
+    if not return_stats:
+        return loss
+    with torch.no_grad():
+        positive, nearest = panel_rows(distances_of_rows, z, None, group=group, call=run.call, **operands)
+    scale = inverse(tau, z)
+    return loss, summarize(run, scale * (1 - positive), [scale * (1 - nearest)], None, scale)
 
 
 def _examples(run: Run, z: Tensor) -> Tensor:
@@ -159,6 +175,15 @@ def power_rows(panel: Panel):
     pairs, (tau, power) = _Distances(panel), panel.numbers
     logits = (-(pairs.squared ** (power / 2)) / tau).masked_fill_(~pairs.negative, -torch.inf)
     return pairs.energy(logits.softmax(dim=1).masked_fill_(~pairs.negative, 0.0))
+
+
+@panel_function(outputs=2)
+def distances_of_rows(panel: Panel):
+    """The halved squared distances of the positive and of the nearest negative, infinite where there is none."""
+    pairs = _Distances(panel)
+    positive = (pairs.squared * (panel.same_label & ~panel.self_pair)).sum(dim=1)
+    nearest = pairs.squared.masked_fill(~pairs.negative, torch.inf).amin(dim=1)
+    return (positive, nearest), lambda incoming: Slopes(torch.zeros_like(panel.s))
 
 
 RULES = {"softmax": softmax_rows, "uniform": uniform_rows, "power": power_rows}

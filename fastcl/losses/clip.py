@@ -13,6 +13,7 @@ from fastcl.losses.common import (
     check_options,
     check_tags,
     check_weight,
+    count_equal,
     false_negative_threshold,
     margin_test,
     normalize_rows,
@@ -63,8 +64,10 @@ def clip_loss(
         weight: [B], a constant factor of a pair's loss. The mean still divides by B.
         false_negative_margin: leave out negatives that are more similar than the row's positive by more than this, as
             likely positives that nobody marked; a similarity, before the scale.
-        label_smoothing: the share of the target that is spread evenly over all candidates; without ``labels``,
-            ``ids`` or a margin.
+        label_smoothing: the share :math:`\varepsilon` of the target that is spread evenly over the candidates A, all
+            but those that ``ids`` leave out; it adds :math:`\varepsilon (\bar S_P - \bar S_A)` to the loss of each
+            direction, the mean logits of its positive (with ``labels``: positives) and of its candidates. Excludes a
+            margin.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [B].
         return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
@@ -100,7 +103,7 @@ def clip_loss(
     )
     check_tags(image_features, labels=labels, ids=ids)
     check_weight(weight, image_features)
-    check_options(labels, ids, false_negative_margin, label_smoothing)
+    check_options(labels, false_negative_margin, label_smoothing)
     margin = false_negative_margin
     bias = "a tensor" if isinstance(logit_bias, Tensor) else logit_bias
     run = Run.checked(
@@ -112,7 +115,14 @@ def clip_loss(
     if labels is not None:
         pairs = Labelled(images, texts, Tags(labels, ids), Tags(labels, ids))
         loss, stats = multi_positive_loss(
-            run, pairs, logit_scale, both_axes=True, normalize=normalize, weight=weight, return_stats=return_stats
+            run,
+            pairs,
+            logit_scale,
+            both_axes=True,
+            normalize=normalize,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            return_stats=return_stats,
         )
     else:
         threshold = None
@@ -136,6 +146,7 @@ def clip_loss(
             key_tags=Tags(None, ids, threshold),
             norm_bound=norm_bound,
             label_smoothing=label_smoothing,
+            left_out=1 if ids is None or not label_smoothing else count_equal(run, ids, ids),
         )
         stats = summarize(run, positive, hardest, None, logit_scale) if return_stats else None
     if logit_bias is not None:
@@ -165,22 +176,24 @@ def reference(
     if logit_bias is not None:
         logits = logits + logit_bias
     directions = (logits, logits.T)
-    if ids is not None or false_negative_margin is not None or labels is not None:
-        diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-        positive = diagonal if labels is None else labels[:, None] == labels
-        dropped = [torch.zeros_like(diagonal), torch.zeros_like(diagonal)]
-        if ids is not None:
-            dropped = [d | (ids[:, None] == ids) for d in dropped]
-        if false_negative_margin is not None:
-            margin = false_negative_margin * logit_scale
-            dropped = [d | (s > s.diagonal()[:, None] + margin) for d, s in zip(dropped, directions, strict=True)]
-        directions = [s.masked_fill(d & ~positive, float("-inf")) for s, d in zip(directions, dropped, strict=True)]
-    if labels is not None:
-        log_p = [s.log_softmax(dim=1).masked_fill(~positive, 0.0) for s in directions]
-        return -0.5 * (log_p[0] + log_p[1]).sum(dim=1) / positive.sum(dim=1)
-    target = torch.arange(len(logits), device=logits.device)
-    by_row, by_column = (
-        torch.nn.functional.cross_entropy(s, target, reduction="none", label_smoothing=label_smoothing)
-        for s in directions
-    )
-    return 0.5 * (by_row + by_column)
+    if ids is None and false_negative_margin is None and labels is None:
+        target = torch.arange(len(logits), device=logits.device)
+        by_row, by_column = (
+            torch.nn.functional.cross_entropy(s, target, reduction="none", label_smoothing=label_smoothing)
+            for s in directions
+        )
+        return 0.5 * (by_row + by_column)
+    diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    positive = diagonal if labels is None else labels[:, None] == labels
+    dropped = [torch.zeros_like(diagonal) if ids is None else ids[:, None] == ids] * 2
+    if false_negative_margin is not None:
+        margin = false_negative_margin * logit_scale
+        dropped = [d | (s > s.diagonal()[:, None] + margin) for d, s in zip(dropped, directions, strict=True)]
+    losses = []
+    for s, left_out in zip(directions, dropped, strict=True):
+        candidate = positive | ~left_out
+        log_p = s.masked_fill(~candidate, float("-inf")).log_softmax(dim=1).masked_fill(~candidate, 0.0)
+        of_positives = (log_p * positive).sum(dim=1) / positive.sum(dim=1)
+        of_all = log_p.sum(dim=1) / candidate.sum(dim=1)
+        losses.append((label_smoothing - 1) * of_positives - label_smoothing * of_all)
+    return 0.5 * sum(losses)

@@ -20,7 +20,7 @@ from fastcl.cross_entropy import cross_entropy
 from fastcl.distributed import EXCHANGES
 from fastcl.pairwise import pairwise
 from fastcl.panels import PanelFunction, panel_rows, panel_sum
-from fastcl.terms import NO_TAGS, Mask, Reduce, Tags, Term, accumulation_dtype
+from fastcl.terms import AXES, NO_TAGS, Axis, Mask, Reduce, Tags, Term, accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -122,7 +122,7 @@ class Run(NamedTuple):
         return over_ranks(x, operation, self.group)
 
     def gather(self, x: Tensor) -> Tensor:
-        """The rows of all ranks of the group, without gradient."""
+        """The rows of all ranks of the group; gradients are those of the sum of all ranks' objectives."""
         return x if self.group is None else torch.ops.fastcl.gather_over_ranks(x, self.group.group_name, self.call)[0]
 
 
@@ -132,7 +132,7 @@ def over_ranks(x: Tensor, operation: str, group: ProcessGroup | None) -> Tensor:
 
 
 class LossStats(NamedTuple):
-    """Detached 0-d diagnostics of a batch, from the loss's own sweep; reading one is what waits for the device."""
+    """Detached 0-d diagnostics of a batch; reading one is what waits for the device."""
 
     accuracy: Tensor
     """share of the rows (for CLIP: rows and columns) whose positive is the most similar candidate (acc@1)"""
@@ -189,6 +189,25 @@ def count_equal(run: Run, own: Tensor, others: Tensor, width: int = 0) -> Tensor
     return torch.searchsorted(ordered, own + width, right=True) - torch.searchsorted(ordered, own - width)
 
 
+def count_matches(run: Run, own: Tags, others: Tags, width: int = 0) -> Tensor:
+    """How many of the others, on all ranks, have a label that differs from each own one by no more than ``width``, or,
+    where ids are given, an equal id.
+    """
+    if own.ids is None:
+        return count_equal(run, own.labels, others.labels, width)
+    labels, ids = (run.gather(x.to(torch.int64)) for x in (others.labels, others.ids))
+    by_label, by_id = labels.sort().values, ids.sort().values
+    lowest = torch.searchsorted(by_label, own.labels.to(torch.int64) - width)
+    highest = torch.searchsorted(by_label, own.labels.to(torch.int64) + width, right=True)
+    first = torch.searchsorted(by_id, own.ids.to(torch.int64))
+    equal_ids = torch.searchsorted(by_id, own.ids.to(torch.int64), right=True) - first
+    # A pair of places, of an id and of a label in their orders, is one number.
+    base = len(labels) + 1
+    both = (torch.searchsorted(by_id, ids) * base + torch.searchsorted(by_label, labels)).sort().values
+    equal_both = torch.searchsorted(both, first * base + highest) - torch.searchsorted(both, first * base + lowest)
+    return highest - lowest + equal_ids - equal_both * (equal_ids > 0)
+
+
 def check_weight(weight: Tensor | None, rows: Tensor) -> None:
     """Raise unless ``weight`` is None or holds one number for each row."""
     if weight is not None:
@@ -203,12 +222,16 @@ def exclude(name: str, **others: object) -> None:
             raise ValueError(f"{name} and {other} exclude each other, got {shown} besides {name}")
 
 
-def check_options(labels: object, ids: object, false_negative_margin: float | None, label_smoothing: float) -> None:
+def check_options(labels: object, false_negative_margin: float | None, label_smoothing: float) -> None:
     """Raise unless these options of a softmax loss go together."""
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-    if label_smoothing:
-        exclude("label_smoothing", labels=labels, ids=ids, false_negative_margin=false_negative_margin)
+    if label_smoothing and false_negative_margin is not None:
+        raise ValueError(
+            f"label_smoothing must be 0 with a false_negative_margin: its share is spread evenly over the candidates, "
+            f"and how many of them a margin leaves is known to no term of a plan; got {label_smoothing} and "
+            f"{false_negative_margin}"
+        )
     if labels is not None:
         exclude("labels", false_negative_margin=false_negative_margin)
 
@@ -234,13 +257,15 @@ def softmax_loss(
     key_tags: Tags = NO_TAGS,
     norm_bound: float | None = None,
     label_smoothing: float = 0.0,
+    left_out: int | Tensor = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """-log softmax of each row's positive, averaged over the LSE terms, and the values of all terms.
 
     The LSE terms admit negatives only: softplus(L - positive) keeps its precision when the positive dominates, where
     the difference of a log-sum-exp over everything and the positive cancels. Rows without negatives (L = -inf) have
     loss 0 and gradient 0, and so have rows where ``has_positive`` is false. The positive is the SUM term unless given.
-    ``label_smoothing`` is the share of the target that is spread evenly over all pairs (but a row's with itself).
+    ``label_smoothing`` is the share of the target that is spread evenly over the positive and the negatives, which are
+    all keys (of all ranks) but ``left_out`` of them.
 
     A mean or a sum is one operator call for value and gradient. The losses of the single rows, whose weights only
     backward knows, take one for each, and so do those of a group, whose rows are complete only after the exchange.
@@ -269,8 +294,7 @@ def softmax_loss(
         a, b, norm_bound = normalize_rows(a), None if b is None else normalize_rows(b), 1.0
     spread = []
     if label_smoothing:
-        candidates = Mask(self_pair=False if b is None else None)
-        spread = [Term(Reduce.SUM, candidates, term.axis) for term in terms if term.reduce is Reduce.LSE]
+        spread = [Term(Reduce.SUM, term.mask, term.axis) for term in terms if term.reduce is Reduce.LSE]
     values = run.statistics(
         a, b, [*terms, *spread], scale, target=target, tags=tags, key_tags=key_tags, norm_bound=norm_bound
     )
@@ -280,9 +304,25 @@ def softmax_loss(
     negatives = [value for term, value in zip(terms, values, strict=True) if term.reduce is Reduce.LSE]
     loss = sum(F.softplus(value - positive, threshold=40.0) for value in negatives) / len(negatives)
     if label_smoothing:
-        count = run.over_ranks(loss.new_full((), len(a if b is None else b)), "sum") - int(b is None)
-        loss = loss + label_smoothing * (positive - sum(totals) / len(totals) / count.clamp_min(1))
+        count = count_keys(run, a if b is None else b) - left_out
+        loss = loss + smoothing_share(label_smoothing, positive, sum(totals) / len(totals), count)
     return run.reduce(loss, weight, has_positive), values
+
+
+def count_keys(run: Run, keys: Tensor) -> Tensor:
+    """The number of keys of all ranks, 0-d."""
+    return run.over_ranks(keys.new_full((), len(keys), dtype=accumulation_dtype(keys.dtype)), "sum")
+
+
+def smoothing_share(
+    label_smoothing: float, positive: Tensor, negatives: Tensor, count: Tensor, positives: int | Tensor = 1
+) -> Tensor:
+    """What label smoothing adds to -log softmax of a positive: a share of how far it is above the candidates' mean.
+
+    These are the positives, whose mean logit is ``positive``, and ``count`` negatives, whose logits' sum is
+    ``negatives``.
+    """
+    return label_smoothing * (positive * count - negatives) / (count + positives).clamp_min(1)
 
 
 def tags_of_pair(
@@ -346,3 +386,21 @@ def summarize(
         hardest_negative=run.over_ranks(largest, "max") / scale,
         scale=scale,
     )
+
+
+def stats_of_pairs(
+    run: Run,
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor,
+    *,
+    ids: Tensor | None = None,
+    axes: Sequence[Axis] = AXES,
+) -> LossStats:
+    """LossStats of pairs of rows, from a sweep of its own, for a loss whose own sweep can't say them."""
+    tags = Tags(ids=ids)
+    negatives = Mask(self_pair=False, id=None if ids is None else False)
+    terms = [Term(Reduce.SUM, Mask(self_pair=True)), *(Term(Reduce.MAX, negatives, axis) for axis in axes)]
+    with torch.no_grad():
+        positive, *hardest = run.statistics(a, b, terms, scale, tags=tags, key_tags=tags)
+    return summarize(run, positive, hardest, None, scale)

@@ -10,8 +10,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from fastcl.losses.common import Run
-from fastcl.losses.distances import LabelledRows, average, check_margin, distances, positives_and_negatives
+from fastcl.losses.common import LossStats, Run
+from fastcl.losses.distances import (
+    LabelledRows,
+    average,
+    check_margin,
+    distances,
+    positives_and_negatives,
+    stats_of_rows,
+)
 from fastcl.panels import Outputs, Panel, Slopes, panel_function
 
 
@@ -47,9 +54,10 @@ def contrastive_loss(
     weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    return_stats: bool = False,
     backend: str | None = None,
     group: ProcessGroup | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LossStats]:
     r"""The contrastive loss of all pairs of a labelled batch, averaged over the pairs that are active.
 
     With the distances :math:`d_{ij}`, the pairs of equal labels :math:`\mathcal{P}` and those of different labels
@@ -72,6 +80,9 @@ def contrastive_loss(
         weight: [N], a constant factor of a row's loss; the counts are those without weights.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum" (N times the mean), or "none" for [N].
+        return_stats: also return a :class:`fastcl.LossStats` from a sweep of its own: how often an anchor's nearest row
+            has its label, the mean similarity of positive pairs, and the hardest negative's. It is the cosine of unit
+            rows; of others :math:`1 - |x - y|^2 / 2`, or 1 minus the distance where that is "cosine".
         backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty; labels and ids mean the same on all of them.
@@ -82,7 +93,8 @@ def contrastive_loss(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
-    Complexity: 4 * N^2 * D multiply-adds for value and gradient, O(N) memory beyond features and gradients.
+    Complexity: 4 * N^2 * D multiply-adds for value and gradient, N^2 * D more for ``return_stats``; O(N) memory beyond
+    features and gradients.
 
     Source: Hadsell, Chopra and LeCun, Dimensionality Reduction by Learning an Invariant Mapping, CVPR 2006. Equals
     pytorch-metric-learning's ``ContrastiveLoss``; its margins under ``CosineSimilarity`` are 1 minus these.
@@ -94,8 +106,9 @@ def contrastive_loss(
     """
     numbers = check_margin("pos_margin", pos_margin), check_margin("neg_margin", neg_margin)
     rows = LabelledRows.checked(z, labels, ids, weight, distance=distance, normalize=normalize, group=group)
-    run = Run.checked(reduction, backend, group, "auto", loss="contrastive_loss")
-    return average(run, contrastive_rows, rows, numbers)
+    run = Run.checked(reduction, backend, group, "auto", loss="contrastive_loss", return_stats=return_stats)
+    loss = average(run, contrastive_rows, rows, numbers)
+    return (loss, stats_of_rows(run, rows)) if return_stats else loss
 
 
 def reference(

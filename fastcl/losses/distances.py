@@ -5,7 +5,7 @@ May import :mod:`fastcl.losses.common` and the panels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_choice, check_matrix, check_row_vector, check_scalar
-from fastcl.losses.common import Run, check_weight, normalize_rows, row_similarity
-from fastcl.panels import Panel, PanelFunction, Slopes, panel_rows, panel_sum
+from fastcl.losses.common import LossStats, Run, check_weight, normalize_rows, row_similarity, summarize
+from fastcl.panels import Panel, PanelFunction, Slopes, panel_function, panel_rows, panel_sum
 from fastcl.terms import Tags, accumulation_dtype
 
 DISTANCES = ("euclidean", "cosine")
@@ -100,6 +100,16 @@ def distances(panel: Panel, first: int = 0) -> tuple[Tensor, Callable[..., Slope
     return distance, of_euclidean
 
 
+def distance_of_rows(x: Tensor, y: Tensor, *, euclidean: bool) -> Tensor:
+    """The distance of x[i] and y[i] for each i, whose slope is 0 at a distance of 0."""
+    if not euclidean:
+        return 1 - row_similarity(x, y)
+    dtype = accumulation_dtype(x.dtype)
+    squared = (x.to(dtype) - y.to(dtype)).square().sum(dim=1)
+    nothing = squared == 0
+    return squared.masked_fill(nothing, 1.0).sqrt().masked_fill(nothing, 0.0)
+
+
 def positives_and_negatives(panel: Panel) -> tuple[Tensor, Tensor]:
     """Bool [rows, columns]: the other rows of an equal label, and those of another label (and another id)."""
     same = panel.same_label
@@ -122,17 +132,44 @@ def average(
     gradients; with more, the counts must be known before the gradients, which take another one.
     """
     run.check_is_tiled()
-    operands = rows.operands(numbers, params)
+    operands = rows.operands(numbers, params) | {"group": run.group, "call": run.call}
     if function.outputs == 2 and run.reduction != "none":
         weight = None if rows.weight is None else rows.weight.detach()
-        total, count = panel_sum(function, rows.z, None, weights=weight, group=run.group, **operands)
+        total, count = panel_sum(function, rows.z, None, weights=weight, **operands)
         totals = torch.stack((total, count, count.new_full((), rows.z.shape[0])))
         total, count, everything = run.over_ranks(totals, "sum").unbind()
         mean = total / count.detach().clamp_min(1)
         return mean if run.reduction == "mean" else mean * everything.detach()
-    outputs = panel_rows(function, rows.z, None, group=run.group, **operands)
-    sums, counts = outputs[::2], [count.detach().sum() for count in outputs[1::2]]
+    outputs = panel_rows(function, rows.z, None, **operands)
+    return average_of_rows(run, rows, outputs[::2], outputs[1::2])
+
+
+def average_of_rows(run: Run, rows: LabelledRows, sums: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:
+    """The same, given sums and counts for each row."""
     everything = counts[0].new_full((), rows.z.shape[0])
-    *counts, everything = run.over_ranks(torch.stack((*counts, everything)), "sum").unbind()
-    loss = sum(x * (everything / count.clamp_min(1)) for x, count in zip(sums, counts, strict=True))
+    totals = torch.stack((*(count.detach().sum() for count in counts), everything))
+    *totals, everything = run.over_ranks(totals, "sum").unbind()
+    loss = sum(x * (everything / total.clamp_min(1)) for x, total in zip(sums, totals, strict=True))
     return run.reduce(loss, rows.weight)
+
+
+@panel_function(outputs=4)
+def similarities(panel: Panel):
+    """Of each row the largest similarity of a positive and of a negative, the positives' sum, and their number.
+
+    1 minus half the squared distance where it is Euclidean, else 1 minus the distance: cosines for unit rows, both.
+    """
+    distance, _ = distances(panel)
+    similarity = 1 - (distance.square() / 2 if len(panel.row_params) else distance)
+    positive, negative = positives_and_negatives(panel)
+    best, hardest = (similarity.masked_fill(~mask, -torch.inf).amax(dim=1) for mask in (positive, negative))
+    total, count = (similarity * positive).sum(dim=1), positive.sum(dim=1).to(similarity.dtype)
+    return (best, hardest, total, count), lambda incoming: Slopes(torch.zeros_like(panel.s))
+
+
+def stats_of_rows(run: Run, rows: LabelledRows) -> LossStats:
+    """LossStats of labelled rows, from a sweep of their own: of each row with a positive, and of its nearest rows."""
+    with torch.no_grad():
+        found = panel_rows(similarities, rows.z, None, group=run.group, call=run.call, **rows.operands(()))
+    best, hardest, total, count = found
+    return summarize(run, total / count.clamp_min(1), [hardest], count > 0, 1.0, [best])

@@ -15,6 +15,7 @@ from fastcl.losses.common import (
     Run,
     check_options,
     check_weight,
+    count_equal,
     exclude,
     false_negative_threshold,
     inverse,
@@ -22,6 +23,7 @@ from fastcl.losses.common import (
     normalize_rows,
     row_similarity,
     safe_logsumexp,
+    smoothing_share,
     softmax_loss,
     summarize,
     tags_of_pair,
@@ -75,15 +77,16 @@ def info_nce(
             its own negatives, no ``group`` is needed.
         labels: integers [N] for queries and keys alike, or a pair of [N] and [M]. All keys with a query's label are
             then its positives, any number of them, and the loss is their mean, as in :func:`fastcl.sup_con_loss`.
-            Excludes ``target``, ``negatives``, ``false_negative_margin`` and ``label_smoothing``.
+            Excludes ``target``, ``negatives`` and ``false_negative_margin``.
         ids: integers [N] or a pair, as ``labels``: keys (or ``negatives``) with a query's id are never its negatives.
         label_width: labels that differ by no more count as equal. With the time of a frame as label, the positives are
             its neighbours in time; frames of another sequence need labels far away.
         weight: [N], a constant factor of a query's loss. The mean still divides by N.
         false_negative_margin: leave out negatives that are more similar than the row's positive by more than this, as
             likely positives that nobody marked; a similarity, before the scale.
-        label_smoothing: the share of the target that is spread evenly over all candidates; without ``labels``,
-            ``ids`` or a margin.
+        label_smoothing: the share :math:`\varepsilon` of the target that is spread evenly over the candidates A, all
+            keys but those that ``ids`` leave out; it adds :math:`\varepsilon (\bar S_P - \bar S_A)` to a query's loss,
+            the mean logits of its positive (with ``labels``: positives) and of its candidates. Excludes a margin.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [N].
         return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
@@ -114,11 +117,11 @@ def info_nce(
     """
     _check(query, key, tau, target, negatives, labels, group)
     check_weight(weight, query)
-    check_options(labels, ids, false_negative_margin, label_smoothing)
+    check_options(labels, false_negative_margin, label_smoothing)
     margin = false_negative_margin
     per_query = isinstance(tau, Tensor) and tau.dim() == 1
     if negatives is not None:
-        exclude("negatives", target=target, labels=labels, label_smoothing=label_smoothing or None)
+        exclude("negatives", target=target, labels=labels)
     if labels is not None:
         exclude("labels", target=target)
     if per_query:
@@ -143,7 +146,7 @@ def info_nce(
         query, scale, norm_bound = (query.to(scale.dtype) * scale[:, None]).to(query.dtype), 1.0, None
     if negatives is not None and negatives.dim() == 3:
         exclude("negatives of each query", ids=ids, group=group)
-        return _own_negatives(run, query, key, negatives, scale, threshold, weight, return_stats)
+        return _own_negatives(run, query, key, negatives, scale, threshold, weight, label_smoothing, return_stats)
     others = key if negatives is None else negatives
     query_labels, key_labels = tags_of_pair("labels", labels, query, others)
     query_ids, key_ids = tags_of_pair("ids", ids, query, others)
@@ -151,7 +154,14 @@ def info_nce(
     if labels is not None:
         pairs = Labelled(query, key, tags, key_tags, label_width)
         loss, stats = multi_positive_loss(
-            run, pairs, scale, normalize=normalize, norm_bound=norm_bound, weight=weight, return_stats=return_stats
+            run,
+            pairs,
+            scale,
+            normalize=normalize,
+            norm_bound=norm_bound,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            return_stats=return_stats,
         )
         return (loss, stats) if return_stats else loss
     of_negatives = {"id": None if ids is None else False, "above": margin_test(margin)}
@@ -163,6 +173,12 @@ def info_nce(
         by = "self_pair" if target is None else "target"
         mask = Mask(**{by: False}, **of_negatives)
         terms = [Term(Reduce.SUM, Mask(**{by: True}))]
+    left_out = int(negatives is None)
+    if label_smoothing and ids is not None:
+        left_out = count_equal(run, query_ids, key_ids)
+        if negatives is None:
+            own = key_ids if target is None else run.gather(key_ids)[target.clamp_min(0)]
+            left_out = left_out + (own != query_ids)
     terms += [Term(reduce, mask) for reduce in ((Reduce.LSE, Reduce.MAX) if return_stats else (Reduce.LSE,))]
     loss, values = softmax_loss(
         run,
@@ -179,6 +195,7 @@ def info_nce(
         key_tags=key_tags,
         norm_bound=norm_bound,
         label_smoothing=label_smoothing,
+        left_out=left_out,
     )
     if not return_stats:
         return loss
@@ -223,6 +240,7 @@ def _own_negatives(
     scale: float | Tensor,
     threshold: Tensor | None,
     weight: Tensor | None,
+    label_smoothing: float,
     return_stats: bool,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """N * K logits, fewer than the negatives' own numbers: a batched product needs no tiles."""
@@ -236,6 +254,9 @@ def _own_negatives(
         logits = logits.masked_fill(logits > threshold[:, None], -math.inf)
     positive = row_similarity(query, key) * scale
     loss = torch.nn.functional.softplus(safe_logsumexp(logits) - positive, threshold=40.0)
+    if label_smoothing:
+        count = torch.full_like(positive, logits.shape[1])
+        loss = loss + smoothing_share(label_smoothing, positive, logits.sum(dim=1), count)
     loss = run.reduce(loss, weight)
     return (loss, summarize(run, positive, [logits.amax(dim=1)], None, scale)) if return_stats else loss
 
@@ -268,22 +289,25 @@ def reference(
         target = torch.zeros_like(rows)
     temperature = tau[:, None] if isinstance(tau, Tensor) and tau.dim() == 1 else tau
     logits = logits / temperature
-    if ids is not None or false_negative_margin is not None or labels is not None:
+    if ids is None and false_negative_margin is None and labels is None:
+        target = target.where(target >= 0, torch.full_like(target, -100))
+        return torch.nn.functional.cross_entropy(
+            logits, target, reduction="none", ignore_index=-100, label_smoothing=label_smoothing
+        )
+    if labels is None:
         positive = torch.zeros_like(logits, dtype=torch.bool)
-        if labels is None:
-            positive[rows, target.clamp_min(0)] = True
-        else:
-            positive = (labels[0][:, None] - labels[1]).abs() <= label_width
-        dropped = torch.zeros_like(positive)
-        if ids is not None:
-            dropped[:, logits.shape[1] - len(ids[1]) :] = ids[0][:, None] == ids[1]
-        if false_negative_margin is not None:
-            own = logits.gather(1, target.clamp_min(0)[:, None])
-            dropped |= logits > own + false_negative_margin / temperature
-        logits = logits.masked_fill(dropped & ~positive, float("-inf"))
-    if labels is not None:
-        return -logits.log_softmax(dim=1).masked_fill(~positive, 0.0).sum(dim=1) / positive.sum(dim=1).clamp_min(1)
-    target = target.where(target >= 0, torch.full_like(target, -100))
-    return torch.nn.functional.cross_entropy(
-        logits, target, reduction="none", ignore_index=-100, label_smoothing=label_smoothing
-    )
+        positive[rows, target.clamp_min(0)] = target >= 0
+    else:
+        positive = (labels[0][:, None] - labels[1]).abs() <= label_width
+    dropped = torch.zeros_like(positive)
+    if ids is not None:
+        dropped[:, logits.shape[1] - len(ids[1]) :] = ids[0][:, None] == ids[1]
+    if false_negative_margin is not None:
+        own = logits.gather(1, target.clamp_min(0)[:, None])
+        dropped |= logits > own + false_negative_margin / temperature
+    candidate = positive | ~dropped
+    log_p = logits.masked_fill(~candidate, float("-inf")).log_softmax(dim=1).masked_fill(~candidate, 0.0)
+    of_positives = (log_p * positive).sum(dim=1) / positive.sum(dim=1).clamp_min(1)
+    of_all = log_p.sum(dim=1) / candidate.sum(dim=1).clamp_min(1)
+    loss = (label_smoothing - 1) * of_positives - label_smoothing * of_all
+    return loss.where(positive.any(dim=1), 0.0)

@@ -10,8 +10,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from fastcl.losses.common import Run
-from fastcl.losses.distances import LabelledRows, average, check_margin, distances, positives_and_negatives
+from fastcl.losses.common import LossStats, Run
+from fastcl.losses.distances import (
+    LabelledRows,
+    average,
+    check_margin,
+    distances,
+    positives_and_negatives,
+    stats_of_rows,
+)
 from fastcl.panels import Outputs, Panel, Slopes, panel_function, panel_rows
 
 
@@ -64,9 +71,10 @@ def lifted_structure_loss(
     weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    return_stats: bool = False,
     backend: str | None = None,
     group: ProcessGroup | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LossStats]:
     r"""The lifted structure loss of a labelled batch, averaged over the positive pairs.
 
     With the distances :math:`d_{ij}`, the ordered pairs of equal labels :math:`\mathcal{P}` (without self-pairs) and
@@ -88,6 +96,9 @@ def lifted_structure_loss(
         weight: [N], a constant factor of a row's loss; the number of pairs is that without weights.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum" (N times the mean), or "none" for [N].
+        return_stats: also return a :class:`fastcl.LossStats` from a sweep of its own: how often an anchor's nearest row
+            has its label, the mean similarity of positive pairs, and the hardest negative's. It is the cosine of unit
+            rows; of others :math:`1 - |x - y|^2 / 2`, or 1 minus the distance where that is "cosine".
         backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty; labels and ids mean the same on all of them.
@@ -100,7 +111,7 @@ def lifted_structure_loss(
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
     Complexity: two sweeps over S, for the rows' negatives and for the pairs, and their gradients: 7 * N^2 * D
-    multiply-adds (8 for "none"), O(N) memory beyond features and gradients.
+    multiply-adds (8 for "none"), N^2 * D more for ``return_stats``; O(N) memory beyond features and gradients.
 
     Source: Song et al., Deep Metric Learning via Lifted Structured Feature Embedding, 2016 (arXiv:1511.06452). Equals
     pytorch-metric-learning's ``LiftedStructureLoss``; its margins under ``CosineSimilarity`` are 1 minus these.
@@ -112,10 +123,13 @@ def lifted_structure_loss(
     """
     neg_margin, pos_margin = check_margin("neg_margin", neg_margin), check_margin("pos_margin", pos_margin)
     rows = LabelledRows.checked(z, labels, ids, weight, distance=distance, normalize=normalize, group=group)
-    run = Run.checked(reduction, backend, group, "auto", loss="lifted_structure_loss")
+    run = Run.checked(reduction, backend, group, "auto", loss="lifted_structure_loss", return_stats=return_stats)
     run.check_is_tiled()
-    (negatives,) = panel_rows(lse_of_negatives, rows.z, None, group=group, **rows.operands((neg_margin,)))
-    return average(run, positive_pairs, rows, (pos_margin,), negatives[None])
+    (negatives,) = panel_rows(
+        lse_of_negatives, rows.z, None, group=group, call=run.call, **rows.operands((neg_margin,))
+    )
+    loss = average(run, positive_pairs, rows, (pos_margin,), negatives[None])
+    return (loss, stats_of_rows(run, rows)) if return_stats else loss
 
 
 def reference(

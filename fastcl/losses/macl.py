@@ -49,7 +49,8 @@ def macl_loss(
               P_i = \frac{\exp(\langle z_i, z_{p(i)}\rangle / t)}{\sum_{j \ne i} \exp(\langle z_i, z_j\rangle / t)},
               \qquad t = \tau \bigl(1 + \alpha (A - A_0)\bigr)
 
-    where no gradient reaches the denominator :math:`1 - P_i` and A. The mean equals lightly's ``MACLLoss``.
+    where no gradient reaches the denominator :math:`1 - P_i` and A. The mean equals lightly's ``MACLLoss``. There is no
+    ``normalize``: A is a cosine, and of rows of any length neither the size nor the sign of t would be known.
 
     Args:
         z1, z2: the views [B, D], in one dtype (float64, float32, bfloat16, float16) and on one device.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from fastcl.checks import check_between, check_choice, check_pair, check_row_vector, check_scalar
 from fastcl.losses.common import (
+    LossStats,
     Run,
     check_weight,
     inverse,
@@ -22,6 +24,7 @@ from fastcl.losses.common import (
     row_similarity,
     safe_logsumexp,
     softmax_loss,
+    summarize,
 )
 from fastcl.terms import AXES, Axis, Mask, Reduce, Tags, Term
 
@@ -44,10 +47,11 @@ def multiple_negatives_ranking_loss(
     weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    return_stats: bool = False,
     backend: str | None = None,
     group: ProcessGroup | None = None,
     exchange: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LossStats]:
     r"""The cross entropy of each query's document against other documents and queries.
 
     With rows of unit length where ``normalize`` and :math:`S(x, y) = \langle x, y\rangle / \tau`,
@@ -80,6 +84,8 @@ def multiple_negatives_ranking_loss(
         weight: [B], a constant factor of a query's loss. The mean still divides by B.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [B].
+        return_stats: also return a :class:`fastcl.LossStats` from the same sweeps: of all candidates in one sum, or
+            averaged over directions where each has a sum of its own. Similarities are those without a penalty.
         backend: insist on one of :func:`fastcl.list_backends`.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty. All ranks must have as many ``negatives`` of each query.
@@ -120,45 +126,55 @@ def multiple_negatives_ranking_loss(
         reduction, backend, group, exchange, loss="multiple_negatives_ranking_loss", normalize=normalize,
         negatives=len(negatives), directions=sorted(directions), partition_mode=partition_mode,
         hardness_mode=hardness_mode, hardness_strength=hardness_strength or None, ids=ids is not None,
+        return_stats=return_stats,
     )  # fmt: skip
     scale, tags = inverse(tau, query), Tags(None, ids)
     mask = Mask(self_pair=False, id=None if ids is None else False)
     back = "doc_to_query" in directions
+    kinds = (Reduce.LSE, Reduce.MAX) if return_stats else (Reduce.LSE,)
     if not negatives and hardness_mode is None and (partition_mode == "per_direction" or len(directions) == 1):
         axes = AXES if back else (Axis.ROW,)
-        terms = [Term(Reduce.SUM, Mask(self_pair=True)), *(Term(Reduce.LSE, mask, axis) for axis in axes)]
-        return softmax_loss(
+        terms = [
+            Term(Reduce.SUM, Mask(self_pair=True)),
+            *(Term(reduce, mask, axis) for reduce in kinds for axis in axes),
+        ]
+        loss, (positive, *values) = softmax_loss(
             run, query, document, terms, scale, normalize=normalize, weight=weight, tags=tags, key_tags=tags
-        )[0]
+        )
+        return (loss, summarize(run, positive, values[len(axes) :], None, scale)) if return_stats else loss
     if normalize:
         query, document, *negatives = (normalize_rows(x) for x in (query, document, *negatives))
 
     def others(
         a: Tensor, b: Tensor | None, penalty: float = 0.0, axes: tuple[Axis, ...] = (Axis.ROW,)
-    ) -> tuple[Tensor, ...]:
-        """The LSE over the rows of other examples, whose logits a penalty raises, along each axis."""
-        factor = scale + penalty
+    ) -> list[_Candidates]:
+        """The rows of other examples, whose logits a penalty raises, along each axis."""
+        factor, share = scale + penalty, 1.0
         if penalty:
             share = scale / factor
-            a, b = (_with_gradient_times(share.detach() if isinstance(share, Tensor) else share, x) for x in (a, b))
-        terms = [Term(Reduce.LSE, mask, axis) for axis in axes]
+            share = share.detach() if isinstance(share, Tensor) else share
+            a, b = (_with_gradient_times(share, x) for x in (a, b))
+        terms = [Term(reduce, mask, axis) for axis in axes for reduce in kinds]
         bound = 1.0 if normalize else None
-        return run.statistics(a, b, terms, factor, tags=tags, key_tags=tags, norm_bound=bound)
+        values = run.statistics(a, b, terms, factor, tags=tags, key_tags=tags, norm_bound=bound)
+        if not return_stats:
+            return [_Candidates(value) for value in values]
+        return [_Candidates(lse, largest * share) for lse, largest in zip(values[::2], values[1::2], strict=True)]
 
     positive = row_similarity(query, document) * scale
     of_others = hardness_strength if hardness_mode in ("in_batch_negatives", "all_negatives") else 0.0
     of_own = hardness_strength if hardness_mode in ("hard_negatives", "all_negatives") else 0.0
     own = [row_similarity(query, x) for x in negatives]
-    of_query = [x * scale + of_own * x.detach() for x in own]
+    of_query = [_Candidates(x * scale + of_own * x.detach(), (x * scale).detach()) for x in own]
     of_query += [others(query, x, of_others)[0] for x in negatives]
     if back and not of_others:
         towards, of_document = others(query, document, axes=AXES)
         sums = [[*of_query, towards], [of_document]]
     else:
         sums = [[*of_query, *others(query, document, of_others)]]
-        sums += [list(others(document, query))] if back else []
+        sums += [others(document, query)] if back else []
     if "query_to_query" in directions:
-        sums.append(list(others(query, None)))
+        sums.append(others(query, None))
     if "doc_to_doc" in directions:
         sums.append([others(document, x)[0] for x in (None, *negatives)])
     # The sums are over negatives; how often the positive stands beside them is the constant.
@@ -166,8 +182,20 @@ def multiple_negatives_ranking_loss(
     if partition_mode == "joint":
         sums, log_positives = [[x for found in sums for x in found]], math.log(1 + back)
     pulled = positive + log_positives
-    losses = [F.softplus(safe_logsumexp(torch.stack(found, dim=-1)) - pulled, threshold=40.0) for found in sums]
-    return run.reduce(sum(losses) / len(losses) + log_positives, weight)
+    logits = (safe_logsumexp(torch.stack([x.lse for x in found], dim=-1)) for found in sums)
+    losses = [F.softplus(lse - pulled, threshold=40.0) for lse in logits]
+    loss = run.reduce(sum(losses) / len(losses) + log_positives, weight)
+    if not return_stats:
+        return loss
+    hardest = [torch.stack([x.largest for x in found]).amax(dim=0) for found in sums]
+    return loss, summarize(run, positive, hardest, None, scale)
+
+
+class _Candidates(NamedTuple):
+    """Of each query, some of its negatives: the log-sum-exp of their logits and, without a penalty, the largest."""
+
+    lse: Tensor
+    largest: Tensor | None = None
 
 
 def _with_gradient_times(factor: float | Tensor, x: Tensor) -> Tensor:

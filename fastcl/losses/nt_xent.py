@@ -13,6 +13,7 @@ from fastcl.losses.common import (
     check_options,
     check_tags,
     check_weight,
+    count_equal,
     false_negative_threshold,
     inverse,
     margin_test,
@@ -63,8 +64,10 @@ def nt_xent(
         weight: [B], a constant factor of the losses of both views of an example. The mean still divides by 2B.
         false_negative_margin: leave out negatives that are more similar than the row's positive by more than this, as
             likely positives that nobody marked; a similarity, before the temperature.
-        label_smoothing: the share of the target that is spread evenly over all 2B - 1 candidates; without ``labels``,
-            ``ids`` or a margin.
+        label_smoothing: the share :math:`\varepsilon` of the target that is spread evenly over the candidates A, all 2B
+            - 1 other rows but those that ``ids`` leave out; it adds :math:`\varepsilon (\bar S_P - \bar S_A)` to a
+            row's loss, the mean logits of its positive (with ``labels``: positives) and of its candidates. Excludes a
+            margin.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [2B]: the rows of ``z1``, then those of ``z2``.
         return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
@@ -94,7 +97,7 @@ def nt_xent(
     check_pair("z1", z1, "z2", z2, same_rows=True, may_be_empty=group is not None)
     check_tags(z1, labels=labels, ids=ids)
     check_weight(weight, z1)
-    check_options(labels, ids, false_negative_margin, label_smoothing)
+    check_options(labels, false_negative_margin, label_smoothing)
     margin = false_negative_margin
     run = Run.checked(
         reduction, backend, group, exchange, loss="nt_xent", normalize=normalize, return_stats=return_stats,
@@ -105,7 +108,13 @@ def nt_xent(
     if labels is not None:
         pairs = Labelled(z, None, Tags(labels, ids), NO_TAGS)
         loss, stats = multi_positive_loss(
-            run, pairs, scale, normalize=normalize, weight=weight, return_stats=return_stats
+            run,
+            pairs,
+            scale,
+            normalize=normalize,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            return_stats=return_stats,
         )
         return (loss, stats) if return_stats else loss
     threshold, norm_bound = None, None
@@ -127,6 +136,7 @@ def nt_xent(
         tags=Tags(None, ids, threshold),
         norm_bound=norm_bound,
         label_smoothing=label_smoothing,
+        left_out=2 if ids is None or not label_smoothing else count_equal(run, ids, ids),
     )
     return (loss, summarize(run, positive, hardest, None, scale)) if return_stats else loss
 
@@ -157,6 +167,7 @@ def reference(
         logits = logits.scatter(1, positive[:, None], own)
     loss = torch.nn.functional.cross_entropy(logits, positive, reduction="none")
     if label_smoothing:
-        total = logits.masked_fill(torch.eye(2 * batch, dtype=torch.bool, device=z.device), 0.0).sum(dim=1)
-        loss = loss + label_smoothing * (own[:, 0] - total / (2 * batch - 1))
+        candidate = logits > float("-inf")
+        mean = logits.masked_fill(~candidate, 0.0).sum(dim=1) / candidate.sum(dim=1)
+        loss = loss + label_smoothing * (own[:, 0] - mean)
     return loss

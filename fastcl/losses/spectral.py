@@ -10,9 +10,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_pair, check_scalar
-from fastcl.losses.common import Run, check_tags, check_weight, count_equal, normalize_rows, row_similarity
+from fastcl.losses.common import (
+    LossStats,
+    Run,
+    check_tags,
+    check_weight,
+    count_equal,
+    normalize_rows,
+    row_similarity,
+    stats_of_pairs,
+)
 from fastcl.panels import Outputs, Panel, Slopes, panel_function
-from fastcl.terms import Tags, accumulation_dtype
+from fastcl.terms import Axis, Tags, accumulation_dtype
 
 
 def spectral_contrastive_loss(
@@ -24,8 +33,9 @@ def spectral_contrastive_loss(
     weight: Tensor | None = None,
     normalize: bool = False,
     reduction: str = "mean",
+    return_stats: bool = False,
     group: ProcessGroup | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LossStats]:
     r"""The loss whose minimisers span the leading eigenvectors of the augmentation graph's adjacency matrix.
 
     The population loss :math:`-2\,\mathbb{E}\langle f(x), f(x^+)\rangle + \mathbb{E}\langle f(x), f(x^-)\rangle^2`,
@@ -43,6 +53,8 @@ def spectral_contrastive_loss(
         weight: [B], a constant factor of a row's loss. The mean still divides by B.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [B].
+        return_stats: also return a :class:`fastcl.LossStats` of the features that the loss sees, with a scale of 1;
+            they cost a sweep over S that the loss itself does without.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty.
 
@@ -56,7 +68,7 @@ def spectral_contrastive_loss(
     :math:`z^{1\top}_i (Z_2^\top Z_2)\, z^1_i`, so that value and gradients take O(B * D^2) multiply-adds and
     O(B * D + D^2) memory, whatever the number of pairs; ranks add up their D x D matrices and exchange nothing else.
     With ``ids`` 3 * B^2 * D multiply-adds (4 for "none"), O(B) memory beyond features and gradients, and ranks gather
-    their features.
+    their features. ``return_stats`` takes B^2 * D more.
 
     Source: HaoChen et al., Provable Guarantees for Self-Supervised Deep Learning with Spectral Contrastive Loss, 2021
     (arXiv:2106.04156).
@@ -71,7 +83,9 @@ def spectral_contrastive_loss(
         check_scalar("mu", mu, positive=True)
     check_tags(z1, ids=ids)
     check_weight(weight, z1)
-    run = Run.checked(reduction, None, group, "auto", loss="spectral_contrastive_loss", ids=ids is not None)
+    run = Run.checked(
+        reduction, None, group, "auto", loss="spectral_contrastive_loss", ids=ids is not None, return_stats=return_stats
+    )
     if normalize:
         z1, z2 = normalize_rows(z1), normalize_rows(z2)
     dtype = accumulation_dtype(z1.dtype)
@@ -82,12 +96,14 @@ def spectral_contrastive_loss(
             tags, weights = Tags(ids=ids), factor / _others(run, positive, ids)
             weights = weights if weight is None else weights * weight
             squares = run.panels(squares_of_others, a, b, weights, tags=tags, key_tags=tags)
-            return squares - run.reduce(2 * factor * positive, weight)
-        gram = b.mT @ b
-        if group is not None:
-            gram = torch.ops.fastcl.add_over_ranks(gram, group.group_name)
-        squares = row_similarity(a @ gram, a) - positive.square()
-    return run.reduce((squares / _others(run, positive, None) - 2 * positive) * factor, weight)
+            loss = squares - run.reduce(2 * factor * positive, weight)
+        else:
+            gram = b.mT @ b
+            if group is not None:
+                gram = torch.ops.fastcl.add_over_ranks(gram, group.group_name)
+            squares = row_similarity(a @ gram, a) - positive.square()
+            loss = run.reduce((squares / _others(run, positive, None) - 2 * positive) * factor, weight)
+        return (loss, stats_of_pairs(run, a, b, 1.0, ids=ids, axes=(Axis.ROW,))) if return_stats else loss
 
 
 @panel_function(outputs=1)

@@ -16,11 +16,15 @@ from fastcl.checks import check_choice, check_matrix, check_scalar
 from fastcl.losses.common import (
     LossStats,
     Run,
+    check_options,
     check_tags,
     check_weight,
     count_equal,
+    count_keys,
+    count_matches,
     inverse,
     normalize_rows,
+    smoothing_share,
     summarize,
 )
 from fastcl.terms import AXES, NO_TAGS, Axis, Mask, Reduce, Tags, Term
@@ -37,6 +41,7 @@ def sup_con_loss(
     ids: Tensor | None = None,
     label_width: int = 0,
     weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     normalize: bool = True,
     reduction: str = "mean",
     return_stats: bool = False,
@@ -68,6 +73,9 @@ def sup_con_loss(
         label_width: labels that differ by no more count as equal. With the time of a frame as label, the positives are
             its neighbours in time; frames of another sequence need labels far away.
         weight: [N], or [B] for views, a constant factor of a row's loss. The mean still divides by the number of rows.
+        label_smoothing: the share :math:`\varepsilon` of the target that is spread evenly over :math:`A(i)`; it adds
+            :math:`\varepsilon\,(\bar S_{P(i)} - \bar S_{A(i)})` to a row's loss, the mean logits of the two. For the
+            "out" form only, whose target is a distribution.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [N], or [B, V].
         return_stats: also return a :class:`fastcl.LossStats` from the same sweep.
@@ -94,6 +102,11 @@ def sup_con_loss(
     """
     check_scalar("tau", tau, positive=True)
     check_choice("form", form, FORMS)
+    check_options(labels, None, label_smoothing)
+    if label_smoothing and form == "in":
+        raise ValueError(
+            f"label_smoothing must be 0 with form='in', whose target is no distribution; got {label_smoothing}"
+        )
     views = z.shape[1] if isinstance(z, Tensor) and z.dim() == 3 else None
     examples = z if views is None else z[:, 0]
     check_matrix("z", examples, may_be_empty=group is not None)
@@ -107,7 +120,7 @@ def sup_con_loss(
     check_weight(weight, examples)
     run = Run.checked(
         reduction, backend, group, exchange, loss="sup_con_loss", normalize=normalize, form=form,
-        return_stats=return_stats, ids=ids is not None, label_width=label_width,
+        return_stats=return_stats, ids=ids is not None, label_width=label_width, smoothing=label_smoothing > 0,
     )  # fmt: skip
     if views is not None:
         labels, ids, weight = (None if x is None else x.repeat_interleave(views) for x in (labels, ids, weight))
@@ -119,6 +132,7 @@ def sup_con_loss(
         inside=form == "in",
         normalize=normalize,
         weight=weight,
+        label_smoothing=label_smoothing,
         return_stats=return_stats,
     )
     if reduction == "none" and views is not None:
@@ -138,6 +152,11 @@ class Labelled(NamedTuple):
     def normalized(self) -> Labelled:
         return self._replace(a=normalize_rows(self.a), b=None if self.b is None else normalize_rows(self.b))
 
+    def along(self, axis: Axis) -> tuple[Tags, Tags]:
+        """The tags of the rows and of what they are compared with, or of the columns."""
+        both = self.tags, self.tags if self.b is None else self.key_tags
+        return both if axis is Axis.ROW else both[::-1]
+
     def masks(self) -> tuple[Mask, Mask]:
         """The positives: equal labels, but not the row itself. The negatives: other labels and, if given, other ids."""
         differs = None if self.tags.ids is None else False
@@ -154,6 +173,7 @@ def multi_positive_loss(
     normalize: bool = True,
     norm_bound: float | None = None,
     weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
     return_stats: bool = False,
 ) -> tuple[Tensor, LossStats | None]:
     r"""The loss of Khosla et al., averaged over rows and columns where ``both_axes``.
@@ -163,13 +183,16 @@ def multi_positive_loss(
               -\log \frac{1}{|P(i)|} \sum_{p \in P(i)} \frac{e^{S_{ip}}}{\sum_a e^{S_{ia}}}
 
     with a over positives and negatives. Both are softplus(L_neg - L_pos) and a rest that doesn't cancel with it: L_pos
-    minus the mean over P(i), or log |P(i)|. A row without a positive has loss 0 and gradient 0.
+    minus the mean over P(i), or log |P(i)|. A row without a positive has loss 0 and gradient 0. ``label_smoothing`` is
+    the share of the target that is spread evenly over positives and negatives.
     """
     if normalize:
         pairs, norm_bound = pairs.normalized(), 1.0
     positives, negatives = pairs.masks()
     axes = AXES if both_axes else (Axis.ROW,)
     kinds = [(Reduce.LSE, negatives), (Reduce.LSE, positives), (Reduce.SUM, positives)]
+    if label_smoothing:
+        kinds.append((Reduce.SUM, negatives))
     if return_stats:
         kinds += [(Reduce.MAX, negatives), (Reduce.MAX, positives)]
     terms = [Term(reduce, mask, axis) for axis in axes for reduce, mask in kinds]
@@ -185,7 +208,7 @@ def multi_positive_loss(
     )
     losses, means, hardest, best = [], [], [], []
     for k, axis in enumerate(axes):
-        of_negatives, of_positives, total, *extremes = values[k * len(kinds) : (k + 1) * len(kinds)]
+        of_negatives, of_positives, total, *others = values[k * len(kinds) : (k + 1) * len(kinds)]
         count = _positives(run, pairs, axis)
         has_positive = count > 0
         # The places of rows without a positive are filled before anything is subtracted from -inf.
@@ -193,10 +216,12 @@ def multi_positive_loss(
         mean = total / count.clamp_min(1)
         rest = count.clamp_min(1).to(mean.dtype).log() if inside else of_positives - mean
         loss = F.softplus(of_negatives - of_positives, threshold=40.0) + rest
+        if label_smoothing:
+            loss = loss + smoothing_share(label_smoothing, mean, others.pop(0), _negatives(run, pairs, axis), count)
         losses.append(loss.where(has_positive, loss.new_zeros(())))
         means.append(mean)
-        hardest += extremes[:1]
-        best += extremes[1:]
+        hardest += others[:1]
+        best += others[1:]
     loss = run.reduce(sum(losses) / len(losses), weight)
     if not return_stats:
         return loss, None
@@ -205,11 +230,14 @@ def multi_positive_loss(
 
 def _positives(run: Run, pairs: Labelled, axis: Axis) -> Tensor:
     """How many positives each row (or column) has among the keys (or rows) of all ranks."""
-    symmetric = pairs.b is None
-    own, others = pairs.tags.labels, pairs.tags.labels if symmetric else pairs.key_tags.labels
-    if axis is Axis.COLUMN:
-        own, others = others, own
-    return count_equal(run, own, others, pairs.label_width) - int(symmetric)
+    own, others = pairs.along(axis)
+    return count_equal(run, own.labels, others.labels, pairs.label_width) - int(pairs.b is None)
+
+
+def _negatives(run: Run, pairs: Labelled, axis: Axis) -> Tensor:
+    """How many negatives each row (or column) has among the keys (or rows) of all ranks."""
+    keys = pairs.a if pairs.b is None or axis is Axis.COLUMN else pairs.b
+    return count_keys(run, keys) - count_matches(run, *pairs.along(axis), pairs.label_width)
 
 
 def reference(
@@ -220,6 +248,7 @@ def reference(
     form: str = "out",
     ids: Tensor | None = None,
     label_width: int = 0,
+    label_smoothing: float = 0.0,
     normalize: bool = True,
 ) -> Tensor:
     """The textbook formula with the whole similarity matrix: the loss of each row, [N]."""
@@ -234,6 +263,9 @@ def reference(
     count = positive.sum(dim=1)
     if form == "out":
         loss = -log_p.masked_fill(~positive, 0.0).sum(dim=1) / count.clamp_min(1)
+        if label_smoothing:
+            of_all = -log_p.masked_fill(~candidate, 0.0).sum(dim=1) / candidate.sum(dim=1)
+            loss = (1 - label_smoothing) * loss + label_smoothing * of_all
     else:
         loss = count.clamp_min(1).to(log_p.dtype).log() - log_p.masked_fill(
             ~positive & (count > 0)[:, None], float("-inf")

@@ -11,9 +11,18 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from fastcl.checks import check_choice
-from fastcl.losses.common import Run
-from fastcl.losses.distances import LabelledRows, average, check_margin, distances, positives_and_negatives
-from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.losses.common import LossStats, Run
+from fastcl.losses.distances import (
+    LabelledRows,
+    average,
+    average_of_rows,
+    check_margin,
+    distance_of_rows,
+    distances,
+    positives_and_negatives,
+    stats_of_rows,
+)
+from fastcl.panels import Outputs, Panel, Slopes, panel_function, panel_rows
 
 MINING = ("all", "semihard", "hard")
 
@@ -65,10 +74,7 @@ def hardest_triplet(panel: Panel):
     """
     margin, smooth = panel.numbers
     distance, slopes = distances(panel)
-    positive, negative = positives_and_negatives(panel)
-    farthest = distance.masked_fill(~positive, -torch.inf).max(dim=1)
-    nearest = distance.masked_fill(~negative, torch.inf).min(dim=1)
-    complete = (farthest.values > -torch.inf) & (nearest.values < torch.inf)
+    farthest, nearest, complete = _mine(panel, distance)
     violation = (farthest.values - nearest.values + margin).masked_fill(~complete, -torch.inf)
     loss = F.softplus(violation, threshold=40.0) if smooth else violation.relu()
 
@@ -80,21 +86,43 @@ def hardest_triplet(panel: Panel):
     return (loss, (loss > 0).to(loss.dtype)), pull_back
 
 
+@panel_function(outputs=2)
+def hardest_rows(panel: Panel):
+    """Of each row the columns of its farthest positive and nearest negative, -1 where one is missing.
+
+    As numbers of the accumulation dtype, in which those of 2^24 rows are exact.
+    """
+    distance, _ = distances(panel)
+    farthest, nearest, complete = _mine(panel, distance)
+    columns = (x.indices.where(complete, -1).to(distance.dtype) for x in (farthest, nearest))
+    return tuple(columns), lambda incoming: Slopes(torch.zeros_like(panel.s))
+
+
+def _mine(panel: Panel, distance: Tensor) -> tuple[torch.return_types.max, torch.return_types.min, Tensor]:
+    """Of each row the farthest positive, the nearest negative, and whether it has both."""
+    positive, negative = positives_and_negatives(panel)
+    farthest = distance.masked_fill(~positive, -torch.inf).max(dim=1)
+    nearest = distance.masked_fill(~negative, torch.inf).min(dim=1)
+    return farthest, nearest, (farthest.values > -torch.inf) & (nearest.values < torch.inf)
+
+
 def triplet_loss(
     z: Tensor,
     labels: Tensor,
     margin: float = 0.05,
     mining: str = "all",
     *,
+    swap: bool = False,
     smooth_loss: bool = False,
     distance: str = "euclidean",
     ids: Tensor | None = None,
     weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    return_stats: bool = False,
     backend: str | None = None,
     group: ProcessGroup | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LossStats]:
     r"""The triplet loss of a labelled batch, averaged over the triplets that are active.
 
     A triplet is an anchor a, another row p of its label and a row n of a different one; with the distances d,
@@ -107,6 +135,7 @@ def triplet_loss(
     - "semihard", those with :math:`d_{ap} < d_{an} < d_{ap} + m`;
     - "hard", for each anchor its farthest positive and its nearest negative (batch-hard).
 
+    With ``swap`` the distance of a mined negative is :math:`\min(d_{an}, d_{pn})`, that to the nearer end of the pair.
     The loss of a row is the sum of its triplets as the anchor, over the average number of active ones.
 
     Args:
@@ -114,6 +143,8 @@ def triplet_loss(
         labels: integers [N].
         margin: by how much a negative should be farther than a positive; at least 0.
         mining: "all", "semihard" or "hard".
+        swap: take the negative's distance from the positive where that is smaller (anchor swap), for "hard" mining
+            only: over all triplets it takes time cubic in N.
         smooth_loss: softplus in place of the hinge, for "hard" mining only: the sum over all triplets takes time
             cubic in N without a hinge.
         distance: "euclidean", or "cosine" for 1 minus the similarity.
@@ -121,6 +152,9 @@ def triplet_loss(
         weight: [N], a constant factor of an anchor's loss; the count is that without weights.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum" (N times the mean), or "none" for [N].
+        return_stats: also return a :class:`fastcl.LossStats` from a sweep of its own: how often an anchor's nearest row
+            has its label, the mean similarity of positive pairs, and the hardest negative's. It is the cosine of unit
+            rows; of others :math:`1 - |x - y|^2 / 2`, or 1 minus the distance where that is "cosine".
         backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty; labels and ids mean the same on all of them.
@@ -132,12 +166,14 @@ def triplet_loss(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
-    Complexity: 3 * N^2 * D multiply-adds for value and gradient (4 for "none"), and O(N^2 log N) to sort each row once
-    for "all" and "semihard", whatever the number of triplets; O(N) memory beyond features and gradients.
+    Complexity: 3 * N^2 * D multiply-adds for value and gradient (4 for "none"), N^2 * D more for ``return_stats``, and
+    O(N^2 log N) to sort each row once for "all" and "semihard", whatever the number of triplets; O(N) memory beyond
+    features and gradients. With ``swap`` N^2 * D multiply-adds to mine, and O(N * D) for the triplets that were mined.
 
     Source: Schroff, Kalenichenko and Philbin, FaceNet, 2015 (arXiv:1503.03832); Hermans, Beyer and Leibe, In Defense of
-    the Triplet Loss, 2017 (arXiv:1703.07737). Equals pytorch-metric-learning's ``TripletMarginLoss``, by itself, with
-    ``TripletMarginMiner(margin, "semihard")``, and with ``BatchHardMiner``.
+    the Triplet Loss, 2017 (arXiv:1703.07737); anchor swap: Balntas et al., Learning local feature descriptors with
+    triplets and shallow convolutional neural networks, BMVC 2016. Equals pytorch-metric-learning's
+    ``TripletMarginLoss``, by itself, with ``TripletMarginMiner(margin, "semihard")``, and with ``BatchHardMiner``.
 
     >>> import torch, fastcl
     >>> z = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
@@ -150,14 +186,45 @@ def triplet_loss(
             f"smooth_loss must be False with mining={mining!r}: without a hinge every triplet counts, and the sum over "
             f"all of them takes time cubic in the batch; mining='hard' has it"
         )
+    if swap and mining != "hard":
+        raise ValueError(
+            f"swap must be False with mining={mining!r}: which of two distances is smaller is a question to each "
+            f"triplet, and to ask all of them takes time cubic in the batch; mining='hard' has it"
+        )
     margin = check_margin("margin", margin)
     if margin < 0:
         raise ValueError(f"margin must be at least 0, got {margin}")
     rows = LabelledRows.checked(z, labels, ids, weight, distance=distance, normalize=normalize, group=group)
-    run = Run.checked(reduction, backend, group, "auto", loss="triplet_loss", mining=mining)
-    if mining == "hard":
-        return average(run, hardest_triplet, rows, (margin, float(smooth_loss)))
-    return average(run, all_triplets, rows, (margin, float(mining == "semihard")))
+    run = Run.checked(
+        reduction, backend, group, "auto", loss="triplet_loss", mining=mining, swap=swap, return_stats=return_stats
+    )
+    if swap:
+        loss = _swapped(run, rows, margin, smooth_loss)
+    elif mining == "hard":
+        loss = average(run, hardest_triplet, rows, (margin, float(smooth_loss)))
+    else:
+        loss = average(run, all_triplets, rows, (margin, float(mining == "semihard")))
+    return (loss, stats_of_rows(run, rows)) if return_stats else loss
+
+
+def _swapped(run: Run, rows: LabelledRows, margin: float, smooth_loss: bool) -> Tensor:
+    """The loss of the hardest triplets, of which only their columns come from a sweep."""
+    run.check_is_tiled()
+    with torch.no_grad():
+        operands = rows.operands(()) | {"group": run.group, "call": run.call}
+        found = panel_rows(hardest_rows, rows.z, None, **operands)
+    complete = found[0] >= 0
+    everything = run.gather(rows.z)
+    positive, negative = (everything[column.clamp_min(0).long()] for column in found)
+    euclidean = rows.squares is not None
+    of_positive, of_negative, between = (
+        distance_of_rows(x, y, euclidean=euclidean)
+        for x, y in ((rows.z, positive), (rows.z, negative), (positive, negative))
+    )
+    violation = of_positive - torch.minimum(of_negative, between) + margin
+    loss = F.softplus(violation, threshold=40.0) if smooth_loss else violation.relu()
+    loss = loss.where(complete, 0.0)
+    return average_of_rows(run, rows, [loss], [(loss > 0).to(loss.dtype)])
 
 
 def reference(
@@ -166,6 +233,7 @@ def reference(
     margin: float = 0.05,
     mining: str = "all",
     *,
+    swap: bool = False,
     smooth_loss: bool = False,
     distance: str = "euclidean",
     ids: Tensor | None = None,
@@ -186,9 +254,12 @@ def reference(
     positive = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     if mining == "hard":
         complete = positive.any(dim=1) & negative.any(dim=1)
-        farthest = d.masked_fill(~positive, -1e4).amax(dim=1)
-        nearest = d.masked_fill(~negative, 1e4).amin(dim=1)
-        violation = farthest - nearest + margin
+        farthest = d.masked_fill(~positive, -1e4).max(dim=1)
+        nearest = d.masked_fill(~negative, 1e4).min(dim=1)
+        to_negative = nearest.values
+        if swap:
+            to_negative = torch.minimum(to_negative, d[farthest.indices, nearest.indices])
+        violation = farthest.values - to_negative + margin
         loss = (F.softplus(violation) if smooth_loss else violation.relu()).masked_fill(~complete, 0.0)
         return len(z) * loss / (loss > 0).sum().clamp_min(1)
     anchor, other = positive.nonzero(as_tuple=True)

@@ -18,7 +18,7 @@ class ClipLoss(nn.Module):
 
     ``forward(image_features, text_features, logit_scale, logit_bias=None, output_dict=False)``; with ``output_dict``
     the result is ``{"contrastive_loss": loss}``. Given a ``temperature``, the module owns a ``logit_scale`` parameter
-    (the logarithm), trains it and needs none in the call.
+    (the logarithm), trains it and needs none in the call. ``labels``, ``ids`` and ``weight`` of the pairs go by name.
 
     >>> import torch, fastcl
     >>> x = torch.eye(3, 8)
@@ -31,6 +31,8 @@ class ClipLoss(nn.Module):
         temperature: float | None = None,
         *,
         max_scale: float = 100.0,
+        label_smoothing: float = 0.0,
+        false_negative_margin: float | None = None,
         normalize: bool = False,
         reduction: str = "mean",
         backend: str | None = None,
@@ -44,6 +46,8 @@ class ClipLoss(nn.Module):
         self.max_scale = max_scale
         self.logit_scale = None if temperature is None else log_scale(temperature)
         self.options = {
+            "label_smoothing": label_smoothing,
+            "false_negative_margin": false_negative_margin,
             "normalize": normalize,
             "reduction": reduction,
             "backend": backend,
@@ -58,6 +62,10 @@ class ClipLoss(nn.Module):
         logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
+        *,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         if self.logit_scale is not None:
             if logit_scale is not None:
@@ -65,14 +73,24 @@ class ClipLoss(nn.Module):
             logit_scale = bounded_scale(self.logit_scale, self.max_scale)
         elif logit_scale is None:
             raise ValueError("logit_scale must be given, or learned by ClipLoss(temperature=...); got None")
-        loss = clip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        loss = clip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias,
+            labels=labels,
+            ids=ids,
+            weight=weight,
+            **self.options,
+        )
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 class DistillClipLoss(nn.Module):
     """:func:`fastcl.clip_loss` and :func:`fastcl.clip_distillation_loss` as a module, called as open_clip's own.
 
-    The result is the tuple ``(contrastive_loss, distill_loss)``, or with ``output_dict`` a dictionary of both.
+    The result is the tuple ``(contrastive_loss, distill_loss)``, or with ``output_dict`` a dictionary of both. ``ids``
+    and ``weight`` of the pairs, by name, go to both.
 
     >>> import torch, fastcl
     >>> x = torch.eye(3, 8)
@@ -93,10 +111,14 @@ class DistillClipLoss(nn.Module):
         dist_text_features: Tensor,
         dist_logit_scale: float | Tensor,
         output_dict: bool = False,
+        *,
+        ids: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         student, teacher = (image_features, text_features, logit_scale), (dist_image_features, dist_text_features)
-        contrastive = clip_loss(*student, **self.options)
-        distilled = clip_distillation_loss(*student, *teacher, dist_logit_scale, **self.options)
+        options = self.options | {"ids": ids, "weight": weight}
+        contrastive = clip_loss(*student, **options)
+        distilled = clip_distillation_loss(*student, *teacher, dist_logit_scale, **options)
         if output_dict:
             return {"contrastive_loss": contrastive, "distill_loss": distilled}
         return contrastive, distilled

@@ -37,10 +37,16 @@ class TripletMarginLoss(nn.Module):
     """
 
     def __init__(
-        self, margin: float = 0.05, smooth_loss: bool = False, *, mining: str = "all", **options: object
+        self,
+        margin: float = 0.05,
+        swap: bool = False,
+        smooth_loss: bool = False,
+        *,
+        mining: str = "all",
+        **options: object,
     ) -> None:
         super().__init__()
-        self.options = {"margin": margin, "smooth_loss": smooth_loss, "mining": mining, **options}
+        self.options = {"margin": margin, "swap": swap, "smooth_loss": smooth_loss, "mining": mining, **options}
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, *, ids: Tensor | None = None, weight: Tensor | None = None

@@ -19,11 +19,26 @@ from fastcl.losses.sup_con import sup_con_loss
 from fastcl.nn.temperature import TemperatureLoss
 
 
-class NTXentLoss(TemperatureLoss):
+class _SoftmaxLoss(TemperatureLoss):
+    """A loss of which some candidates can be left out, and over all of which the target can be smoothed."""
+
+    def __init__(
+        self,
+        temperature: float,
+        *,
+        label_smoothing: float = 0.0,
+        false_negative_margin: float | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__(temperature, **options)
+        self.options |= {"label_smoothing": label_smoothing, "false_negative_margin": false_negative_margin}
+
+
+class NTXentLoss(_SoftmaxLoss):
     """:func:`fastcl.nt_xent` as a module: ``NTXentLoss(0.5)(z1, z2)``.
 
     ``learnable=True`` trains the temperature, as the parameter ``logit_scale = log(1 / temperature)``, with 1 /
-    temperature held at or below ``max_scale``.
+    temperature held at or below ``max_scale``. ``label_smoothing`` and ``false_negative_margin`` are the function's.
 
     >>> import torch, fastcl
     >>> criterion = fastcl.nn.NTXentLoss(0.5, learnable=True)
@@ -44,10 +59,10 @@ class NTXentLoss(TemperatureLoss):
         return nt_xent(z1, z2, self.temperature, labels=labels, ids=ids, weight=weight, **self.options)
 
 
-class InfoNCELoss(TemperatureLoss):
+class InfoNCELoss(_SoftmaxLoss):
     """:func:`fastcl.info_nce` as a module: ``InfoNCELoss(0.1)(query, key, negatives=queue)``.
 
-    ``learnable`` and ``max_scale`` are as in :class:`NTXentLoss`.
+    The options are those of :class:`NTXentLoss`.
     """
 
     def forward(
@@ -81,9 +96,11 @@ class SupConLoss(TemperatureLoss):
     factor temperature / base_temperature of the loss, 1 where both are equal, as here.
     """
 
-    def __init__(self, temperature: float, *, form: str = "out", **options: object) -> None:
+    def __init__(
+        self, temperature: float, *, form: str = "out", label_smoothing: float = 0.0, **options: object
+    ) -> None:
         super().__init__(temperature, **options)
-        self.options["form"] = form
+        self.options |= {"form": form, "label_smoothing": label_smoothing}
 
     def forward(
         self,
@@ -240,5 +257,15 @@ class MultipleNegativesRankingLoss(nn.Module):
             "exchange": exchange,
         }
 
-    def forward(self, query: Tensor, document: Tensor, negatives: Sequence[Tensor] = ()) -> Tensor:
-        return multiple_negatives_ranking_loss(query, document, negatives=negatives, **self.options)
+    def forward(
+        self,
+        query: Tensor,
+        document: Tensor,
+        negatives: Sequence[Tensor] = (),
+        *,
+        ids: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        return multiple_negatives_ranking_loss(
+            query, document, negatives=negatives, ids=ids, weight=weight, **self.options
+        )
