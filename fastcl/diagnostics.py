@@ -15,7 +15,8 @@ from torch import Tensor
 from fastcl.checks import check_count, check_matrix, check_pair, check_row_vector, check_scalar
 from fastcl.losses.common import inverse, normalize_rows, safe_logsumexp
 from fastcl.pairwise import pairwise
-from fastcl.panels import Outputs, Panel, Slopes, panel_function, panel_rows
+from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.panelwise import panel_rows
 from fastcl.terms import Mask, Reduce, Tags, Term, accumulation_dtype
 
 
@@ -75,7 +76,7 @@ def retrieval_accuracy(
     sizes = torch.tensor(list(k), device=query.device)
     accuracies = []
     for a, b in ((query, key), (key, query)):
-        (rivals,) = panel_rows(_no_worse_negatives, a, b, tags=tags, key_tags=tags)
+        (rivals,) = panel_rows(_no_worse_negatives, a, b, tags=tags, key_tags=tags, backend="tiled")
         accuracies.append((rivals[:, None] < sizes).to(rivals.dtype).mean(dim=0))
     return RetrievalAccuracy(*accuracies)
 
@@ -119,7 +120,7 @@ def softmax_entropy(query: Tensor, key: Tensor, tau: float | Tensor, *, normaliz
     check_scalar("tau", tau, positive=True)
     if normalize:
         query, key = normalize_rows(query), normalize_rows(key)
-    return panel_rows(_entropies, query, key, scale=inverse(tau, query))[0]
+    return panel_rows(_entropies, query, key, scale=inverse(tau, query), backend="tiled")[0]
 
 
 def hardest_negative(query: Tensor, key: Tensor, *, normalize: bool = True, backend: str | None = None) -> Tensor:

@@ -169,15 +169,22 @@ def _tau_per_query(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _without_tau(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A loss that has no temperature: its values are divided by one. Other backends than "tiled" don't come in."""
+    """A loss that has no temperature: its values are divided by one."""
 
-    def divided(*arguments: object, backend: str | None = None, **options: object) -> Tensor:
-        if backend not in (None, "tiled"):
-            raise ValueError("backend must be None: the loss is plain PyTorch")
+    def divided(*arguments: object, **options: object) -> Tensor:
         *features, tau = arguments
         return call(*features, **options) / tau
 
     return divided
+
+
+def _without_backends(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def plain(*arguments: object, backend: str | None = None, **options: object) -> Tensor:
+        if backend not in (None, "tiled"):
+            raise ValueError("backend must be None: the loss is plain PyTorch")
+        return call(*arguments, **options)
+
+    return plain
 
 
 def _pair_of_tags(kinds: int) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]]:
@@ -450,7 +457,7 @@ LOSSES = (
     *(
         _row(
             name,
-            _without_tau(fastcl.spectral_contrastive_loss),
+            _without_tau(_without_backends(fastcl.spectral_contrastive_loss)),
             _without_tau(spectral_reference),
             _VIEWS,
             (0, (0, 0), 0),
@@ -461,7 +468,7 @@ LOSSES = (
     ),
     _row(
         "spectral_duplicates",
-        _without_tau(fastcl.spectral_contrastive_loss),
+        _without_tau(_without_backends(fastcl.spectral_contrastive_loss)),
         _without_tau(spectral_reference),
         _VIEWS,
         _ROWS,

@@ -33,6 +33,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_DENSE = 4
 _REDUCE_CODES = {Reduce.LSE: 0, Reduce.SUM: 1, Reduce.MAX: 2}
 _TEST_CODES = {False: -1, None: 0, True: 1}
+PANEL_KERNELS = {}
 
 
 def unavailable() -> str | None:
@@ -71,13 +72,19 @@ def refuses(plan: Plan) -> str | None:
     return None
 
 
-def supports(plan: Plan, operands: Operands) -> str | None:
+def takes(a: Tensor) -> str | None:
     if (reason := unavailable()) is not None:
         return reason
-    if operands.a.device.type != "cpu":
-        return f"the tensors are on {operands.a.device}, not on the CPU"
-    if operands.a.dtype not in _DTYPES:
-        return f"{operands.a.dtype} is not one of float32, bfloat16, float16"
+    if a.device.type != "cpu":
+        return f"the tensors are on {a.device}, not on the CPU"
+    if a.dtype not in _DTYPES:
+        return f"{a.dtype} is not one of float32, bfloat16, float16"
+    return None
+
+
+def supports(plan: Plan, operands: Operands) -> str | None:
+    if (reason := takes(operands.a)) is not None:
+        return reason
     if 0 in (*operands.shape, operands.a.shape[1]):
         return "an operand is empty"
     if plan.symmetric and (plan.columns or operands.b is not None or operands.row0 != operands.col0):

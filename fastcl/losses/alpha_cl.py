@@ -53,7 +53,7 @@ def alpha_cl_loss(
         weight: [B], a constant factor of the losses of both views of an example. The mean still divides by 2B.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [2B]: the rows of ``z1``, then those of ``z2``.
-        backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
+        backend: None, "tiled", or "dense" (small N): the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty. The features of all ranks are gathered.
 

@@ -14,7 +14,8 @@ from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_choice, check_matrix, check_row_vector, check_scalar
 from fastcl.losses.common import Run, check_weight, normalize_rows, row_similarity
-from fastcl.panels import Panel, PanelFunction, Slopes, panel_rows, panel_sum
+from fastcl.panels import Panel, PanelFunction, Slopes
+from fastcl.panelwise import panel_rows, panel_sum
 from fastcl.terms import Tags, accumulation_dtype
 
 DISTANCES = ("euclidean", "cosine")
@@ -121,16 +122,15 @@ def average(
     The rows' own losses are such that their mean is that. With one pair of outputs it takes one sweep for value and
     gradients; with more, the counts must be known before the gradients, which take another one.
     """
-    run.check_is_tiled()
-    operands = rows.operands(numbers, params)
+    operands = rows.operands(numbers, params) | {"group": run.group, "backend": run.backend}
     if function.outputs == 2 and run.reduction != "none":
         weight = None if rows.weight is None else rows.weight.detach()
-        total, count = panel_sum(function, rows.z, None, weights=weight, group=run.group, **operands)
+        total, count = panel_sum(function, rows.z, None, weights=weight, **operands)
         totals = torch.stack((total, count, count.new_full((), rows.z.shape[0])))
         total, count, everything = run.over_ranks(totals, "sum").unbind()
         mean = total / count.detach().clamp_min(1)
         return mean if run.reduction == "mean" else mean * everything.detach()
-    outputs = panel_rows(function, rows.z, None, group=run.group, **operands)
+    outputs = panel_rows(function, rows.z, None, **operands)
     sums, counts = outputs[::2], [count.detach().sum() for count in outputs[1::2]]
     everything = counts[0].new_full((), rows.z.shape[0])
     *counts, everything = run.over_ranks(torch.stack((*counts, everything)), "sum").unbind()

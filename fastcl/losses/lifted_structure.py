@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from fastcl.losses.common import Run
 from fastcl.losses.distances import LabelledRows, average, check_margin, distances, positives_and_negatives
-from fastcl.panels import Outputs, Panel, Slopes, panel_function, panel_rows
+from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.panelwise import panel_rows
 
 
 @panel_function(outputs=1)
@@ -88,7 +89,7 @@ def lifted_structure_loss(
         weight: [N], a constant factor of a row's loss; the number of pairs is that without weights.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum" (N times the mean), or "none" for [N].
-        backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
+        backend: None, "tiled", or "dense" (small N): the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty; labels and ids mean the same on all of them.
 
@@ -113,8 +114,8 @@ def lifted_structure_loss(
     neg_margin, pos_margin = check_margin("neg_margin", neg_margin), check_margin("pos_margin", pos_margin)
     rows = LabelledRows.checked(z, labels, ids, weight, distance=distance, normalize=normalize, group=group)
     run = Run.checked(reduction, backend, group, "auto", loss="lifted_structure_loss")
-    run.check_is_tiled()
-    (negatives,) = panel_rows(lse_of_negatives, rows.z, None, group=group, **rows.operands((neg_margin,)))
+    operands = rows.operands((neg_margin,))
+    (negatives,) = panel_rows(lse_of_negatives, rows.z, None, group=group, backend=backend, **operands)
     return average(run, positive_pairs, rows, (pos_margin,), negatives[None])
 
 

@@ -121,7 +121,7 @@ def triplet_loss(
         weight: [N], a constant factor of an anchor's loss; the count is that without weights.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum" (N times the mean), or "none" for [N].
-        backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
+        backend: None, "tiled", or "dense" (small N): the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty; labels and ids mean the same on all of them.
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fastcl.backends.triton import launch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PANEL_KERNELS = {}
 
 
 def unavailable() -> str | None:
@@ -39,18 +41,22 @@ def refuses(plan: Plan) -> str | None:
     return None
 
 
-def supports(plan: Plan, operands: Operands) -> str | None:
-    reason = unavailable()
-    if reason is not None:
+def takes(a: Tensor) -> str | None:
+    if (reason := unavailable()) is not None:
         return reason
-    a = operands.a
     if not (a.is_cuda or (_is_interpreted() and a.device.type == "cpu")):
         return f"the tensors are on {a.device.type}, not on a CUDA device"
     if a.dtype not in _DTYPES:
         return f"{a.dtype} is not one of float32, bfloat16, float16"
+    return None
+
+
+def supports(plan: Plan, operands: Operands) -> str | None:
+    if (reason := takes(operands.a)) is not None:
+        return reason
     if plan.symmetric and operands.row0 != operands.col0:
         return f"a symmetric plan needs row0 == col0, got {operands.row0} and {operands.col0}"
-    if 0 in (*operands.shape, a.shape[1]):
+    if 0 in (*operands.shape, operands.a.shape[1]):
         return "an operand is empty"
     return refuses(plan)
 
