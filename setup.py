@@ -169,8 +169,8 @@ ENGINE = Extension(
     sources=[
         "csrc/bindings.cpp",
         *(
-            f"csrc/cpu/{name}"
-            for name in ("levels.cpp", "schedule.cpp", "statistics.cpp", "gradient.cpp", "cross_entropy.cpp")
+            f"csrc/cpu/{name}.cpp"
+            for name in ("levels", "schedule", "statistics", "gradient", "cross_entropy", "sigmoid")
         ),
         *(f"csrc/cpu/{name}" for name in level_sources()),
     ],

@@ -545,8 +545,9 @@ SHAPES = ((1, 3), (2, 1), (7, 5), (33, 17), (129, 65), (300, 96), (1030, 40))
 
 
 def shapes_of(loss: Loss) -> tuple[tuple[int, int], ...]:
-    """All shapes for the losses that run as one operator, which is where tiles and panels are; else a few."""
-    return SHAPES if loss.one_operator and not loss.variant else SHAPES[::3]
+    """All shapes for the losses that run as one operator or kernel, which is where tiles and panels are; else a few."""
+    in_one = loss.one_operator or loss.name in ("siglip", "siglip_labels", "binary_nce")
+    return SHAPES if in_one and not loss.variant else SHAPES[::3]
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
