@@ -18,13 +18,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics
+from fastcl.terms import (
+    CrossEntropy,
+    LossAndGradients,
+    Needs,
+    Operands,
+    PanelGradients,
+    PanelNeeds,
+    PanelOperands,
+    Plan,
+    Products,
+    Statistics,
+)
 
 if TYPE_CHECKING:
     from fastcl.backends.triton import launch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PANEL_KERNELS = {}
 
 
 def unavailable() -> str | None:
@@ -89,6 +99,15 @@ def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Nee
     x = launch.inputs(unit_length, shift)
     found = _cross_entropy(plan, unit_length, x, replace(head, normalize=False), needs)
     return found._replace(gradients=unit.through_unit_length(operands, found.gradients))
+
+
+def _sigmoid(x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> PanelGradients:
+    from fastcl.backends.triton import sigmoid
+
+    return sigmoid.value_and_gradients(x, incoming, needs)
+
+
+PANEL_KERNELS = {"sigmoid": _sigmoid}
 
 
 def _cross_entropy(
