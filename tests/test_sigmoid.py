@@ -230,6 +230,43 @@ def test_no_rows_need_no_kernel() -> None:
         assert (gradients[1] == 0).all()
 
 
+PAIRS_OF_RANKS = (30, 0, 45)
+
+
+def leaves(pairs: int) -> list[Tensor]:
+    x, y = make("plain", pairs, pairs, 6)[0].a, make("plain", pairs, pairs, 6)[0].b
+    return [x.requires_grad_(), y.requires_grad_(), *(torch.tensor(t, requires_grad=True) for t in (4.0, -2.0))]
+
+
+def loss_of(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, ids: Tensor, **options: object) -> Tensor:
+    siglip = fastcl.siglip_loss(x, y, scale, bias, ids=ids, **options)
+    return siglip + fastcl.binary_nce_loss(x, y, 1 / scale, log_noise=bias, noise_ratio=2.0, **options)
+
+
+def shard_of(rank: int, backend: str) -> list[Tensor]:
+    """The loss over all ranks, and the gradients of this rank's leaves."""
+    x, y, scale, bias = leaves(sum(PAIRS_OF_RANKS))
+    own = slice(sum(PAIRS_OF_RANKS[:rank]), sum(PAIRS_OF_RANKS[: rank + 1]))
+    given = [x[own].detach().requires_grad_(), y[own].detach().requires_grad_(), scale, bias]
+    ids = torch.arange(len(x))[own] % 7
+    loss = loss_of(*given, ids, group=torch.distributed.group.WORLD, backend=backend)
+    return [loss.detach(), *torch.autograd.grad(loss, given)]
+
+
+@ON_CPU
+def test_ranks_with_and_without_rows(worlds) -> None:
+    found = worlds(3).run(shard_of, "cpu")
+    given = [x.detach().double().requires_grad_() for x in leaves(sum(PAIRS_OF_RANKS))]
+    loss = loss_of(*given, torch.arange(len(given[0])) % 7)
+    x, y, *scalars = torch.autograd.grad(loss, given)
+    for of_rank in found:
+        assert relative_error(of_rank[0], loss) <= 1e-6
+    for k, want in ((1, x), (2, y)):
+        assert relative_error(torch.cat([of_rank[k] for of_rank in found]) / 3, want) <= 1e-5
+    for k, want in zip((3, 4), scalars, strict=True):
+        assert relative_error(sum(of_rank[k] for of_rank in found) / 3, want) <= 1e-5
+
+
 @ON_CPU
 def test_the_kernel_is_chosen(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTCL_BACKEND", raising=False)
