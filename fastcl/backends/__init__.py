@@ -32,7 +32,7 @@ class Backend(Protocol):
     """What a module of this package provides."""
 
     PANEL_KERNELS: Mapping[str, PanelKernel]
-    """Compiled equivalents of panel functions by name; a backend without any never gets a panel function."""
+    """Compiled equivalents of panel functions by name; `tiled` and `dense` stand for the functions themselves."""
 
     def unavailable(self) -> str | None:
         """Why this backend can't run in this process at all, or None where it can."""
@@ -44,7 +44,7 @@ class Backend(Protocol):
         """Why this backend can't compute this call, or None where it can."""
 
     def takes(self, a: Tensor) -> str | None:
-        """Why nothing can be computed over features like these, or None; asked of backends with ``PANEL_KERNELS``."""
+        """Why nothing can be computed over features like these, or None; asked where there are ``PANEL_KERNELS``."""
 
     def statistics(self, plan: Plan, operands: Operands) -> Statistics:
         """All terms of the plan, from one sweep over S."""
