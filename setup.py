@@ -169,14 +169,15 @@ ENGINE = Extension(
     sources=[
         "csrc/bindings.cpp",
         *(
-            f"csrc/cpu/{name}"
+            f"csrc/cpu/{name}.cpp"
             for name in (
-                "levels.cpp",
-                "schedule.cpp",
-                "shared_operands.cpp",
-                "statistics.cpp",
-                "gradient.cpp",
-                "cross_entropy.cpp",
+                "levels",
+                "schedule",
+                "shared_operands",
+                "statistics",
+                "gradient",
+                "cross_entropy",
+                "sigmoid",
             )
         ),
         *(f"csrc/cpu/{name}" for name in level_sources()),

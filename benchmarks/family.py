@@ -1,14 +1,14 @@
 """Which loss takes which option, and what computes it: the tables of docs/losses.md, from trying every call.
 
-A call's plans are caught where the engine selects a backend, and each backend is asked what it says of them; a loss
-that gets there without one is plain PyTorch.
+A call's plans and panel functions are caught where the engine selects a backend, and each backend is asked what it
+says of them; a loss that gets there with neither is plain PyTorch.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -80,38 +80,31 @@ def variants() -> list[Variant]:
 
 
 class Caught(NamedTuple):
-    """What a call asked of the engine: its plans, and whether it looked at single pairs."""
+    """What a call asked of the engine: its plans, and the kernels that its panel functions have (None for none)."""
 
-    plans: tuple[Plan, ...]
-    panels: bool
+    plans: list[Plan]
+    kernels: list[str | None]
 
 
 def catch(variant: Variant) -> Caught:
     """What a variant's call asks of the engine."""
-    with _plans() as plans:
-        variant.call()
-    try:
-        variant.call(backend="dense")
-    except (TypeError, ValueError) as error:
-        return Caught(tuple(plans), "over panels of S" in str(error))
-    return Caught(tuple(plans), False)
+    found = Caught([], [])
+    select, select_panels = engine.select, engine.select_panels
 
-
-@contextmanager
-def _plans() -> Iterator[list[Plan]]:
-    """The plans that the engine is asked to compute from now on."""
-    found: list[Plan] = []
-    select = engine.select
-
-    def spy(plan: Plan, *arguments: object) -> str:
-        found.append(plan)
+    def spy(plan: Plan, *arguments: object) -> object:
+        found.plans.append(plan)
         return select(plan, *arguments)
 
-    engine.select = spy
+    def spy_on_panels(kernel: str | None, *arguments: object) -> object:
+        found.kernels.append(kernel)
+        return select_panels(kernel, *arguments)
+
+    engine.select, engine.select_panels = spy, spy_on_panels
     try:
-        yield found
+        variant.call()
     finally:
-        engine.select = select
+        engine.select, engine.select_panels = select, select_panels
+    return found
 
 
 def page_tables() -> dict[str, str]:
@@ -147,6 +140,6 @@ def backends_table() -> str:
 
 
 def _reason(name: str, caught: Caught) -> str | None:
-    if caught.panels:
-        return None if name == "tiled" else "a loss of every single pair is plain PyTorch over panels of S"
-    return next(filter(None, map(engine.BACKENDS[name].refuses, caught.plans)), None)
+    of_plans = map(engine.BACKENDS[name].refuses, caught.plans)
+    of_panels = (engine.refuses_panels(name, kernel) for kernel in caught.kernels)
+    return next(filter(None, itertools.chain(of_plans, of_panels)), None)

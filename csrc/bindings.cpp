@@ -60,36 +60,43 @@ cpu::Tags make_tags(const std::optional<Tensor>* tags, int64_t size) {
   return result;
 }
 
-// `terms` is int64 [T, 7]: reduce, axis (0 row, 1 column) and the tests of a mask; `tags` are those of the rows and of
-// the columns, or none; see fastcl/backends/cpu.py.
+// A problem without terms; `tags` are those of the rows and of the columns, or none.
+cpu::Problem make_operands(const Tensor& a, const Tensor& b, double scale, const OptionalTensors& tags, int64_t row0,
+                           int64_t col0) {
+  cpu::Problem problem{};
+  problem.a = matrix(a, "a");
+  problem.b = matrix(b, "b");
+  STD_TORCH_CHECK(problem.a.dtype == problem.b.dtype, "a and b must have one dtype");
+  STD_TORCH_CHECK(problem.a.depth == problem.b.depth, "a and b must have rows of one length");
+  STD_TORCH_CHECK(problem.a.rows > 0 && problem.b.rows > 0 && problem.a.depth > 0, "a and b must not be empty");
+  problem.scale = static_cast<float>(scale);
+  problem.row0 = row0;
+  problem.col0 = col0;
+  STD_TORCH_CHECK(tags.empty() || tags.size() == 6, "tags must be three of the rows and three of the columns");
+  if (!tags.empty()) {
+    problem.a_tags = make_tags(&tags[0], problem.a.rows);
+    problem.b_tags = make_tags(&tags[3], problem.b.rows);
+  }
+  return problem;
+}
+
+// `terms` is int64 [T, 7]: reduce, axis (0 row, 1 column) and the tests of a mask; see
+// fastcl/backends/cpu.py.
 cpu::Problem make_problem(const Tensor& a, const std::optional<Tensor>& b, double scale, double shift,
                           double flag_below, double lowest, const std::optional<Tensor>& target,
                           const OptionalTensors& tags, int64_t row0, int64_t col0, const Tensor& terms,
                           bool symmetric) {
-  cpu::Problem problem{};
-  problem.a = matrix(a, "a");
-  problem.b = b.has_value() ? matrix(*b, "b") : problem.a;
-  STD_TORCH_CHECK(problem.a.dtype == problem.b.dtype, "a and b must have one dtype");
-  STD_TORCH_CHECK(problem.a.depth == problem.b.depth, "a and b must have rows of one length");
-  STD_TORCH_CHECK(problem.a.rows > 0 && problem.b.rows > 0 && problem.a.depth > 0, "a and b must not be empty");
+  cpu::Problem problem = make_operands(a, b.has_value() ? *b : a, scale, tags, row0, col0);
   STD_TORCH_CHECK(!symmetric || (!b.has_value() && row0 == col0), "a symmetric plan has one operand");
   problem.symmetric = symmetric;
-  problem.scale = static_cast<float>(scale);
   problem.shift = static_cast<float>(shift);
   problem.flag_below = static_cast<float>(flag_below);
   problem.lowest = static_cast<float>(lowest);
-  problem.row0 = row0;
-  problem.col0 = col0;
   if (target.has_value()) {
     STD_TORCH_CHECK(target->dim() == 1 && target->size(0) == problem.a.rows && target->is_contiguous() &&
                         target->scalar_type() == ScalarType::Long,
                     "target must be a contiguous int64 vector with an entry for each row of a");
     problem.target = target->const_data_ptr<int64_t>();
-  }
-  STD_TORCH_CHECK(tags.empty() || tags.size() == 6, "tags must be three of the rows and three of the columns");
-  if (!tags.empty()) {
-    problem.a_tags = make_tags(&tags[0], problem.a.rows);
-    problem.b_tags = make_tags(&tags[3], problem.b.rows);
   }
   STD_TORCH_CHECK(terms.dim() == 2 && terms.size(1) == 7 && terms.is_contiguous(), "terms must be [T, 7]");
   const int64_t* codes = terms.const_data_ptr<int64_t>();
@@ -257,6 +264,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy
   return {new_scalar(a, loss * factor), rows, columns, grad_a, grad_b, new_scalar(a, grad_scale), grad_positive};
 }
 
+// Costs of the rows, and the gradients of a, b, the scale, the shifts' sum and the shifts, empty where not wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid(Tensor a, Tensor b, double scale, Tensor shifts,
+                                                                   Tensor factors, std::optional<Tensor> incoming,
+                                                                   OptionalTensors tags, int64_t row0, bool needs_a,
+                                                                   bool needs_b, bool needs_scale, bool needs_shifts,
+                                                                   bool needs_costs) {
+  const cpu::Problem problem = make_operands(a, b, scale, tags, row0, 0);
+  const cpu::Workers threads = workers();
+  const int64_t n = problem.a.rows;
+  const int64_t m = problem.b.rows;
+  const int64_t depth = problem.a.depth;
+  const cpu::Questions questions{vector_of<float>(shifts, ScalarType::Float, 1, m, "shifts"),
+                                 vector_of<float>(factors, ScalarType::Float, 1, n, "factors"),
+                                 optional_vector(incoming, n, "incoming")};
+  STD_TORCH_CHECK(questions.incoming != nullptr || !(needs_a || needs_b || needs_scale || needs_shifts),
+                  "gradients need those with respect to the costs");
+  const bool wants_a = needs_a || (needs_scale && !needs_b);
+  Tensor costs = new_float(a, needs_costs ? n : 0);
+  Tensor grad_a = new_float(a, wants_a ? n : 0, wants_a ? depth : 0);
+  Tensor grad_b = new_float(a, needs_b ? m : 0, needs_b ? depth : 0);
+  Tensor grad_shifts = new_float(a, needs_shifts ? m : 0);
+  float* a_out = wants_a ? grad_a.mutable_data_ptr<float>() : nullptr;
+  float* b_out = needs_b ? grad_b.mutable_data_ptr<float>() : nullptr;
+  const double sum =
+      cpu::sigmoid_pairs(problem, threads, questions, needs_costs ? costs.mutable_data_ptr<float>() : nullptr, a_out,
+                         b_out, needs_shifts ? grad_shifts.mutable_data_ptr<float>() : nullptr);
+  double inner = 0.0;
+  const float factor = static_cast<float>(scale);
+  if (needs_b) inner = cpu::finish(problem.b, threads, nullptr, factor, b_out);
+  if (wants_a) inner = cpu::finish(problem.a, threads, nullptr, factor, a_out);
+  return {costs, grad_a, grad_b, new_scalar(a, inner), new_scalar(a, sum), grad_shifts};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastcl_cpu, m) {
@@ -272,12 +312,18 @@ STABLE_TORCH_LIBRARY(fastcl_cpu, m) {
       "Tensor?[] tags, int row0, int col0, Tensor terms, bool symmetric, Tensor? positive, Tensor? weights, "
       "float factor, bool normalize, bool needs_a, bool needs_b, bool needs_scale, bool needs_positive) -> (Tensor, "
       "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "sigmoid(Tensor a, Tensor b, float scale, Tensor shifts, Tensor factors, Tensor? incoming, Tensor?[] tags, "
+      "int row0, bool needs_a, bool needs_b, bool needs_scale, bool needs_shifts, bool needs_costs) -> (Tensor, "
+      "Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcl_cpu, CPU, m) {
   m.impl("statistics", TORCH_BOX(&statistics));
   m.impl("gradient", TORCH_BOX(&gradient));
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("sigmoid", TORCH_BOX(&sigmoid));
 }
 
 namespace {

@@ -17,7 +17,8 @@ from torch.distributed import ProcessGroup
 from fastcl.checks import check_count, check_group, check_matrix, check_pair, check_row_vector, check_scalar
 from fastcl.losses.common import inverse, normalize_rows, over_ranks
 from fastcl.pairwise import pairwise
-from fastcl.panels import Outputs, Panel, Slopes, panel_function, panel_rows
+from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.panelwise import panel_rows
 from fastcl.terms import Mask, Reduce, Tags, Term, accumulation_dtype
 
 
@@ -86,7 +87,9 @@ def retrieval_accuracy(
     call = f"function=retrieval_accuracy\nk={list(k)}\nids={ids is not None}\nnormalize={normalize}"
     accuracies = []
     for a, b in ((query, key), (key, query)):
-        (rivals,) = panel_rows(_no_worse_negatives, a, b, tags=tags, key_tags=tags, group=group, call=call)
+        (rivals,) = panel_rows(
+            _no_worse_negatives, a, b, tags=tags, key_tags=tags, group=group, call=call, backend="tiled"
+        )
         accuracies.append(_mean((rivals[:, None] < sizes).to(rivals.dtype), group))
     return RetrievalAccuracy(*accuracies)
 
@@ -152,7 +155,7 @@ def softmax_entropy(
     if normalize:
         query, key = normalize_rows(query), normalize_rows(key)
     call = f"function=softmax_entropy\nnormalize={normalize}"
-    return panel_rows(_entropies, query, key, scale=inverse(tau, query), group=group, call=call)[0]
+    return panel_rows(_entropies, query, key, scale=inverse(tau, query), group=group, call=call, backend="tiled")[0]
 
 
 def hardest_negative(

@@ -9,12 +9,24 @@ import functools
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
-from fastcl.backends import Backend, cpu, cuda, dense, softmax, tiled, triton
-from fastcl.terms import CrossEntropy, Gradients, LossAndGradients, Needs, Operands, Plan, Products, Statistics
+from fastcl.backends import Backend, PanelKernel, cpu, cuda, dense, softmax, tiled, triton
+from fastcl.terms import (
+    CrossEntropy,
+    Gradients,
+    LossAndGradients,
+    Needs,
+    Operands,
+    PanelOperands,
+    Plan,
+    Products,
+    Statistics,
+)
 
 logger = logging.getLogger("fastcl")
 
@@ -25,6 +37,7 @@ _AUTOMATIC = {"cpu": ("cpu", "tiled")}
 # "cuda" only where it is asked for: it was not run on a GPU yet
 _AUTOMATIC_ELSEWHERE = ("triton", "tiled")
 _ENGINE_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
+_RUN_PANELS = ("tiled", "dense")
 
 
 def list_backends() -> dict[str, str | None]:
@@ -46,20 +59,59 @@ def select(plan: Plan, operands: Operands, name: str | None = None) -> str:
     Raises:
         ValueError: the backend that was asked for doesn't exist or can't compute the call; the message says why.
     """
+    return _select(
+        lambda candidate: BACKENDS[candidate].supports(plan, operands),
+        operands.a,
+        name,
+        lambda: f"plan: {plan.encode()}",
+    )
+
+
+def select_panels(
+    kernel: str | None, operands: PanelOperands, name: str | None = None
+) -> tuple[str, PanelKernel | None]:
+    """The backend that computes a panel function, chosen as by :func:`select`, and its kernel of the name ``kernel``.
+
+    `tiled` and `dense` have none: they run the function itself, over panels of S and over all of it at once.
+    """
+
+    def reason(candidate: str) -> str | None:
+        refused = refuses_panels(candidate, kernel)
+        if refused is None and candidate not in _RUN_PANELS:
+            refused = BACKENDS[candidate].takes(operands.a)
+        return refused
+
+    chosen = _select(reason, operands.a, name, lambda: f"panel function: {kernel or 'without a kernel'}")
+    return chosen, None if chosen in _RUN_PANELS else BACKENDS[chosen].PANEL_KERNELS[kernel]
+
+
+def refuses_panels(backend: str, kernel: str | None) -> str | None:
+    """Why a backend can't compute a panel function, whatever its operands, or None."""
+    if backend in _RUN_PANELS or kernel in BACKENDS[backend].PANEL_KERNELS:
+        return None
+    return (
+        "it has no kernel for this function of every single pair, which plain PyTorch computes over panels of S: "
+        "backend 'tiled', or 'dense'"
+    )
+
+
+def _select(reason: Callable[[str], str | None], a: Tensor, name: str | None, what: Callable[[], str]) -> str:
     insisted = name or os.environ.get("FASTCL_BACKEND")
     if not insisted:
-        candidates = _AUTOMATIC.get(operands.a.device.type, _AUTOMATIC_ELSEWHERE)
-        chosen = next(n for n in candidates if BACKENDS[n].supports(plan, operands) is None)
-        _warn_if_slow(chosen, operands.a.device.type)
+        candidates = _AUTOMATIC.get(a.device.type, _AUTOMATIC_ELSEWHERE)
+        chosen = next(candidate for candidate in candidates if reason(candidate) is None)
+        engine = _ENGINE_OF_DEVICE.get(a.device.type)
+        if chosen == "tiled" and engine and reason(engine) == BACKENDS[engine].unavailable():
+            _warn_of_missing(engine)
     else:
         if insisted not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {insisted!r}")
-        reason = BACKENDS[insisted].supports(plan, operands)
-        if reason is not None:
-            raise ValueError(f"backend {insisted!r} can't compute this call: {reason}")
+        refused = reason(insisted)
+        if refused is not None:
+            raise ValueError(f"backend {insisted!r} can't compute this call: {refused}")
         chosen = insisted
     if logger.isEnabledFor(logging.INFO):
-        _log_choice(chosen, operands.a.device.type, str(operands.a.dtype), plan.encode())
+        _log_choice(chosen, a.device.type, str(a.dtype), what())
     return chosen
 
 
@@ -126,21 +178,18 @@ def plain_arithmetic(device: torch.device) -> AbstractContextManager:
 
 
 @functools.cache
-def _log_choice(chosen: str, device: str, dtype: str, plan: str) -> None:
-    logger.info("backend %s for %s %s tensors, plan: %s", chosen, device, dtype, plan)
+def _log_choice(chosen: str, device: str, dtype: str, what: str) -> None:
+    logger.info("backend %s for %s %s tensors, %s", chosen, device, dtype, what)
 
 
 @functools.cache
-def _warn_if_slow(chosen: str, device: str) -> None:
-    engine = _ENGINE_OF_DEVICE.get(device)
-    reason = BACKENDS[engine].unavailable() if chosen == "tiled" and engine else None
-    if reason is not None:
-        warnings.warn(
-            f"fastcl runs on its plain PyTorch backend, which is slower, because the {engine!r} backend is "
-            f"unavailable: {reason}. `python -m fastcl` says more.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+def _warn_of_missing(engine: str) -> None:
+    warnings.warn(
+        f"fastcl runs on its plain PyTorch backend, which is slower, because the {engine!r} backend is unavailable: "
+        f"{BACKENDS[engine].unavailable()}. `python -m fastcl` says more.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def warn_if_ranks_are_apart() -> None:

@@ -272,6 +272,71 @@ class LossAndGradients(NamedTuple):
     positive: Tensor | None
 
 
+@dataclass(frozen=True)
+class PanelOperands:
+    """What a panel function (:mod:`fastcl.panels`) is computed over: S = scale * A @ B.T + bias, and more.
+
+    ``a`` is [N, D] and ``b`` [M, D] or None for ``a``; ``scale`` and ``bias`` are 0-d in the accumulation dtype.
+    ``row_params`` [P, N] and ``column_params`` [Q, M] are float parameters. The own key of row i is the column
+    ``row0 + i``, where ``row0`` is 0-d or None for 0. ``guide`` is the features and the scale of a second S, or empty.
+    """
+
+    a: Tensor
+    b: Tensor | None
+    scale: Tensor
+    bias: Tensor
+    row_params: Tensor | None
+    column_params: Tensor | None
+    row0: Tensor | None
+    tags: Tags
+    key_tags: Tags
+    numbers: Sequence[float] = ()
+    guide: Sequence[Tensor] = ()
+
+    @property
+    def keys(self) -> Tensor:
+        """``b``, or ``a`` where there is one operand."""
+        return self.a if self.b is None else self.b
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, M), the shape of S."""
+        return len(self.a), len(self.keys)
+
+
+class PanelNeeds(NamedTuple):
+    """What is wanted of a kernel that stands for a panel function; ``rows`` are the function's values."""
+
+    a: bool
+    b: bool
+    scale: bool
+    bias: bool
+    columns: bool
+    rows: bool = True
+
+    @property
+    def product_a(self) -> bool:
+        """Whether W @ B has to be formed: the scale's gradient falls out of either product."""
+        return self.a or (self.scale and not self.b)
+
+
+NO_GRADIENTS = PanelNeeds(False, False, False, False, False)
+
+
+class PanelGradients(NamedTuple):
+    """What such a kernel yields in the accumulation dtype, None where nobody asked.
+
+    ``columns`` is the gradient of the first of ``column_params``, ``rows`` the function's value for each row.
+    """
+
+    a: Tensor | None
+    b: Tensor | None
+    scale: Tensor | None
+    bias: Tensor | None
+    columns: Tensor | None
+    rows: Tensor | None
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, losses and sums: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype is torch.float64 else torch.float32

@@ -169,15 +169,22 @@ def _tau_per_query(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _without_tau(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A loss that has no temperature: its values are divided by one. Other backends than "tiled" don't come in."""
+    """A loss that has no temperature: its values are divided by one."""
 
-    def divided(*arguments: object, backend: str | None = None, **options: object) -> Tensor:
-        if backend not in (None, "tiled"):
-            raise ValueError("backend must be None: the loss is plain PyTorch")
+    def divided(*arguments: object, **options: object) -> Tensor:
         *features, tau = arguments
         return call(*features, **options) / tau
 
     return divided
+
+
+def _without_backends(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def plain(*arguments: object, backend: str | None = None, **options: object) -> Tensor:
+        if backend not in (None, "tiled"):
+            raise ValueError("backend must be None: the loss is plain PyTorch")
+        return call(*arguments, **options)
+
+    return plain
 
 
 def _pair_of_tags(kinds: int) -> Callable[[list[Tensor]], tuple[Tensor, Tensor]]:
@@ -473,7 +480,7 @@ LOSSES = (
     *(
         _row(
             name,
-            _without_tau(fastcl.spectral_contrastive_loss),
+            _without_tau(_without_backends(fastcl.spectral_contrastive_loss)),
             _without_tau(spectral_reference),
             _VIEWS,
             (0, (0, 0), 0),
@@ -484,7 +491,7 @@ LOSSES = (
     ),
     _row(
         "spectral_duplicates",
-        _without_tau(fastcl.spectral_contrastive_loss),
+        _without_tau(_without_backends(fastcl.spectral_contrastive_loss)),
         _without_tau(spectral_reference),
         _VIEWS,
         _ROWS,
@@ -562,8 +569,9 @@ SHAPES = ((1, 3), (2, 1), (7, 5), (33, 17), (129, 65), (300, 96), (1030, 40))
 
 
 def shapes_of(loss: Loss) -> tuple[tuple[int, int], ...]:
-    """All shapes for the losses that run as one operator, which is where tiles and panels are; else a few."""
-    return SHAPES if loss.one_operator and not loss.variant else SHAPES[::3]
+    """All shapes for the losses that run as one operator or kernel, which is where tiles and panels are; else a few."""
+    in_one = loss.one_operator or loss.name in ("siglip", "siglip_labels", "binary_nce")
+    return SHAPES if in_one and not loss.variant else SHAPES[::3]
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -96,9 +96,9 @@ X, Y = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1))
         (lambda: fastcl.sup_con_loss(X, torch.arange(6), 0.1, form="both"), ValueError, r"form must be one of 'out'"),
         (lambda: fastcl.siglip_loss(X, Y, 1.0, X), ValueError, r"logit_bias must be a float or a 0-d tensor"),
         (
-            lambda: fastcl.siglip_loss(X, Y, 1.0, 0.0, backend="dense"),
+            lambda: fastcl.alpha_cl_loss(X, Y, 1.0, backend="cpu"),
             ValueError,
-            r"backend 'dense' can't compute this call: .* in plain PyTorch, which is backend 'tiled'",
+            r"backend 'cpu' can't compute this call: .* which plain PyTorch computes over panels of S: backend 'tiled'",
         ),
         (lambda: fastcl.clip_loss(X, Y, 0.0), ValueError, r"logit_scale must be positive, got 0.0"),
         (lambda: fastcl.clip_loss(X, Y, 1.0, X), ValueError, r"logit_bias must be a float or a 0-d tensor"),
@@ -212,13 +212,13 @@ def test_missing_engine_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTCL_BACKEND", raising=False)
     monkeypatch.setattr(engine.BACKENDS["cpu"], "unavailable", lambda: "not built")
     monkeypatch.setattr(engine.BACKENDS["cpu"], "supports", lambda plan, operands: "not built")
-    engine._warn_if_slow.cache_clear()
+    engine._warn_of_missing.cache_clear()
     with pytest.warns(RuntimeWarning, match="'cpu' backend is unavailable: not built"):
         fastcl.nt_xent(X, Y, 0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastcl.nt_xent(X, Y, 0.5)
-    engine._warn_if_slow.cache_clear()
+    engine._warn_of_missing.cache_clear()
 
 
 def test_ranks_that_do_not_share_negatives_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastcl import panels
-from fastcl.panels import Outputs, Panel, Slopes, panel_function, panel_rows, panel_sum
+from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.panelwise import panel_rows, panel_sum
 from fastcl.terms import Tags
 
 N, M, D, E = 13, 17, 5, 3
@@ -124,7 +125,7 @@ def test_opcheck() -> None:
     inputs, constants = draw(symmetric=False)
     tags = [*constants["tags"], *constants["key_tags"]]
     guide, path = list(constants["guide"]), "tests.test_panels:everything"
-    arguments = (*inputs.values(), None, tags, constants["numbers"], guide, path)
+    arguments = (*inputs.values(), None, tags, constants["numbers"], guide, path, None)
     torch.library.opcheck(torch.ops.fastcl.panel_rows, arguments)
     # The gradients that are made with the sum are not for a caller to differentiate, as the whole check would do.
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")

@@ -37,16 +37,15 @@ def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """What is called of ``tiled`` and ``panels`` from outside of them from now on."""
     calls: list[Call] = []
     inside = False
-    tiles = {name: (tiled, lambda args: args[1].shape) for name in ("statistics", "gradient", "cross_entropy")}
-    sweeps = {name: (panels, lambda args: args[0].shape) for name in ("_values", "_sweep")}
-    for name, (module, shape) in (tiles | sweeps).items():
+    functions = {"statistics": tiled, "gradient": tiled, "cross_entropy": tiled, "values": panels, "sweep": panels}
+    for name, module in functions.items():
         original = getattr(module, name)
 
-        def record(*args, original=original, shape=shape):
+        def record(*args, original=original):
             nonlocal inside
             if inside:
                 return original(*args)
-            calls.append(Call(functools.partial(original, *args), math.prod(shape(args))))
+            calls.append(Call(functools.partial(original, *args), math.prod(args[1].shape)))
             inside = True
             try:
                 return original(*args)

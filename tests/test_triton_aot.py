@@ -27,6 +27,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from fastcl.backends.triton.kernels.combine import combine_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.exponentials import exponentials_kernel, repair_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.head import head_kernel, loss_kernel  # noqa: E402
+from fastcl.backends.triton.kernels.sigmoid import sigmoid_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.sweep import sweep_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.unit import through_unit_kernel, unit_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.weights import weights_kernel  # noqa: E402
@@ -81,6 +82,9 @@ MIRRORED = WEIGHTS | {"MIRROR": True}
 COMBINE = {"OWN_IS_ROW": True, "LABEL_WIDTH": 0}
 OF_SUP_CON = {"own_tags": (True, True, False), "other_tags": (True, True, False)}
 PANEL = {"TERMS": constants(INFO_NCE).row_terms, "USES_SELF": True, "USES_TARGET": True, "GROUP_M": 8, "LABEL_WIDTH": 0}
+SIGLIP = {"GROUP_M": 8} | {f"{name}_ptr": None for name in ("multiplier", "offsets", "factors", "row0", "column_sums")}
+BINARY_NCE = {"GROUP_M": 8, "multiplier_ptr": None, "row_sums_ptr": None}
+LABELS_AND_IDS = {"row_tags": (True, True, False), "column_tags": (True, True, False)}
 ONE_TERM = {"TERMS": constants(INFO_NCE).row_terms[:1], "LABEL_WIDTH": 0}
 CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("sweep_symmetric", sweep_kernel, constants(NT_XENT).as_arguments()),
@@ -90,6 +94,8 @@ CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("weights", weights_kernel, constants(CLIP).as_arguments() | WEIGHTS),
     ("weights", exponentials_kernel, PANEL),
     ("redo", repair_kernel, ONE_TERM),
+    ("sigmoid", sigmoid_kernel, SIGLIP),
+    ("sigmoid", sigmoid_kernel, BINARY_NCE),
 )
 """(entry of the tuning table, kernel, constants): the most demanding plan for each kernel."""
 TAGGED: tuple[tuple[str, Any, dict[str, Any]], ...] = (
@@ -101,6 +107,8 @@ TAGGED: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("weights_symmetric_tags", weights_kernel, constants(NT_XENT_TAGS).as_arguments() | tags(NT_XENT_TAGS) | MIRRORED),
     ("weights_tags", weights_kernel, constants(CLIP_LABELS).as_arguments() | tags(CLIP_LABELS) | WEIGHTS),
     ("weights_tags", exponentials_kernel, PANEL | {"TERMS": constants(INFO_NCE_TAGS).row_terms} | tags(INFO_NCE_TAGS)),
+    ("weights_tags", sigmoid_kernel, SIGLIP | LABELS_AND_IDS),
+    ("weights_tags", sigmoid_kernel, BINARY_NCE | LABELS_AND_IDS),
 )
 """The same for masks that test tags."""
 
@@ -122,6 +130,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capability: int, warps: int, stages: int) -> Any:
     """As a launch would with aligned operands and D divisible by 16."""
     of_operands = {"a_ptr", "b_ptr", "own_ptr", "other_ptr", "panel_ptr", "x_ptr", "unit_ptr"}
+    of_indices = {"target_ptr", "row0_ptr"}
     divisible = {"d", "stride_a", "stride_b", "stride_own", "stride_other", "panel_stride"}
     signature, attributes = {}, {}
     constants = dict(constants)
@@ -136,7 +145,7 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capabilit
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*" + (dtype if name in of_operands else "i64" if name == "target_ptr" else "fp32")
+            signature[name] = "*" + (dtype if name in of_operands else "i64" if name in of_indices else "fp32")
         else:
             signature[name] = "fp32" if name in ("threshold", "share", "bound", "headroom") else "i32"
         if name.endswith("_ptr") or name in divisible:
@@ -211,7 +220,7 @@ def test_default_configurations_fit(capability: int, tmp_path: Path, record_prop
     assert not too_much
 
 
-@pytest.mark.parametrize("case", [0, 1, 3, 4], ids=lambda i: CASES[i][0])
+@pytest.mark.parametrize("case", [0, 1, 3, 4, 7], ids=lambda i: CASES[i][0])
 def test_float16_on_hopper(case: int, tmp_path: Path) -> None:
     """As bfloat16 does; that the other architectures treat the two alike is taken for granted."""
     name, kernel, kernel_constants = CASES[case]
@@ -244,7 +253,7 @@ def test_unit_length_fits(kernel: Any, capability: int, tmp_path: Path) -> None:
     assert set(re.findall(r"arith\.muli .* : tensor<8x1x(i\d+)>", compiled.asm["ttir"])) == {"i64"}
 
 
-@pytest.mark.parametrize("case", [1, 2, 4, 5, 6], ids=lambda i: CASES[i][1].__name__)
+@pytest.mark.parametrize("case", [1, 2, 4, 5, 6, 7], ids=lambda i: CASES[i][1].__name__)
 def test_row_offsets_are_64_bit(case: int) -> None:
     """N * D may exceed 2**31: both operands' indices are widened before they are multiplied by a stride.
 
@@ -257,7 +266,8 @@ def test_row_offsets_are_64_bit(case: int) -> None:
     rows, columns = f"{config.block_m}x1", f"1x{config.block_n}"
     assert {(rows, "i64"), (columns, "i64")} <= set(products)
     narrow = {shape for shape, bits in products if bits == "i32"}
-    assert narrow == {weights_kernel: {rows, f"{config.piece}x1"}, exponentials_kernel: {rows}}.get(kernel, set())
+    of_panels = {weights_kernel: {rows, f"{config.piece}x1"}, exponentials_kernel: {rows}, sigmoid_kernel: {rows}}
+    assert narrow == of_panels.get(kernel, set())
 
 
 def test_tables_are_complete() -> None:

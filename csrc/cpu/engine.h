@@ -82,6 +82,19 @@ struct CrossEntropy {
 double cross_entropy(const Problem& problem, const Workers& workers, const CrossEntropy& head,
                      Vectors<float> statistics, float* a, float* b, float* positive);
 
+// Every pair as a yes-or-no question with the logit x = scale * <a, b> + shifts[j]. The row's own key (j = i + row0)
+// and those of an equal label cost softplus(-x), others of an equal id nothing, all others factors[i] * softplus(x).
+struct Questions {
+  const float* shifts;    // [b.rows]
+  const float* factors;   // [a.rows]
+  const float* incoming;  // [a.rows], gradients with respect to the rows' costs; null where no gradient is wanted
+};
+
+// The rows' costs, the products of their gradient as above and the sums of W along columns, null where not wanted.
+// Returns the sum of W. The problem has neither terms nor a target, and col0 = 0.
+double sigmoid_pairs(const Problem& problem, const Workers& workers, const Questions& questions, float* costs, float* a,
+                     float* b, float* columns);
+
 // The rows of a matrix scaled to unit length, `pitch` numbers of its type apart, and 1 / norm of each (see rows.h).
 void normalize(const Matrix& matrix, const Workers& workers, void* unit, int64_t pitch, float* inverse);
 

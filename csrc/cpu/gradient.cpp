@@ -1,9 +1,9 @@
 // Backward: the factors of W along each axis from the statistics, then one sweep that accumulates the products.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
+#include "product.h"
 #include "schedule.h"
 #include "shared_operands.h"
 #include "sweep.h"
@@ -11,12 +11,9 @@
 namespace fastcl::cpu {
 namespace {
 
-constexpr int64_t kChunk = 256;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // exp(shift - L) would lose precision beyond; only statistics merged from other shards come near.
 constexpr double kLargestExcess = 80.0;
-// Bound on the copies of a product that let a short axis occupy many threads.
-constexpr int64_t kLaneBytes = int64_t{16} << 20;
 
 // An axis' dense terms as the sweep wants them: for an empty row L = -inf, which weighs nothing.
 struct AxisFactors {
@@ -49,39 +46,6 @@ struct AxisFactors {
   AxisGradient axis(int64_t size, const float* statistics, const float* incoming, float* product, float* lanes) const {
     return {dense.data(), static_cast<int>(dense.size()), statistics, incoming, flagged.data(), size, product, lanes};
   }
-};
-
-// A product of [size, depth] and the copies that lanes 1, 2, ... accumulate into.
-class Product {
- public:
-  Product(float* out, int64_t size, int64_t lanes, const Workers& workers)
-      : out_(out), size_(size), workers_(workers), lanes_(out == nullptr ? 0 : (lanes - 1) * size) {
-    if (out == nullptr) return;
-    for_each_chunk([&](int64_t begin, int64_t end) { std::memset(out_ + begin, 0, sizeof(float) * (end - begin)); });
-  }
-
-  float* lanes() { return lanes_.data(); }
-
-  void merge() {
-    if (lanes_.empty()) return;
-    for_each_chunk([&](int64_t begin, int64_t end) {
-      for (const float* lane = lanes_.data(); lane != lanes_.data() + lanes_.size(); lane += size_) {
-        for (int64_t i = begin; i < end; ++i) out_[i] += lane[i];
-      }
-    });
-  }
-
- private:
-  void for_each_chunk(const std::function<void(int64_t, int64_t)>& body) {
-    const int64_t chunk = kChunk * 1024;
-    workers_.parallel_for((size_ + chunk - 1) / chunk,
-                          [&](int64_t c) { body(c * chunk, std::min(size_, (c + 1) * chunk)); });
-  }
-
-  float* out_;
-  int64_t size_;
-  const Workers& workers_;
-  std::vector<float> lanes_;
 };
 
 }  // namespace

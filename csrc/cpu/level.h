@@ -145,6 +145,28 @@ struct RowPanels {
   bool trust_empty;  // a sum of 0 says that there was nothing to add, and not that it underflowed
 };
 
+// A product that tasks accumulate into, and the same for lanes 1, 2, ...
+struct LaneProduct {
+  float* product;  // null where not wanted
+  float* lanes;
+  int64_t size;
+
+  float* of(int64_t lane) const { return lane == 0 ? product : lanes + (lane - 1) * size; }
+};
+
+// Every pair as a yes-or-no question, and what one sweep makes of it (see Questions). W is the slope of a pair's cost
+// times incoming[row]. Sums have a set for each lane.
+struct SigmoidPairs {
+  const float* shifts;    // [y.rows]
+  const float* factors;   // [x.rows]
+  const float* incoming;  // [x.rows], null where no gradient is wanted
+  double* costs;          // [lanes, x.rows], null where not wanted
+  double* row_sums;       // [lanes, x.rows], of W
+  double* column_sums;    // [lanes, y.rows], of W; null where not wanted
+  LaneProduct a;
+  LaneProduct b;
+};
+
 struct Level {
   const char* name;
   PackedSizes (*packed_sizes)(const Matrix&);
@@ -161,6 +183,7 @@ struct Level {
   void (*panel)(const Sweep&, const RowPanels&, int64_t panel, void* workspace);
   // Adds that for one tile of columns.
   void (*panel_columns)(const Sweep&, const RowPanels&, int64_t panel, int64_t column, void* workspace);
+  void (*sigmoid)(const Sweep&, const SigmoidPairs&, const Task&, void* workspace);
   void (*normalize)(const Matrix&, int64_t begin, int64_t end, void* unit, int64_t pitch, float* inverse,
                     float* scratch);
   void (*finish)(const Matrix&, const float* inverse, float factor, int64_t begin, int64_t end, float* product,

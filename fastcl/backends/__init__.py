@@ -6,13 +6,33 @@ it in ``BACKENDS``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics
+from torch import Tensor
+
+from fastcl.terms import (
+    CrossEntropy,
+    LossAndGradients,
+    Needs,
+    Operands,
+    PanelGradients,
+    PanelNeeds,
+    PanelOperands,
+    Plan,
+    Products,
+    Statistics,
+)
+
+PanelKernel = Callable[[PanelOperands, Tensor | None, PanelNeeds], PanelGradients]
+"""A panel function compiled: its value for each row of S, and the gradients of these values times a vector [N]."""
 
 
 class Backend(Protocol):
     """What a module of this package provides."""
+
+    PANEL_KERNELS: Mapping[str, PanelKernel]
+    """Compiled equivalents of panel functions by name; `tiled` and `dense` stand for the functions themselves."""
 
     def unavailable(self) -> str | None:
         """Why this backend can't run in this process at all, or None where it can."""
@@ -22,6 +42,9 @@ class Backend(Protocol):
 
     def supports(self, plan: Plan, operands: Operands) -> str | None:
         """Why this backend can't compute this call, or None where it can."""
+
+    def takes(self, a: Tensor) -> str | None:
+        """Why nothing can be computed over features like these, or None; asked where there are ``PANEL_KERNELS``."""
 
     def statistics(self, plan: Plan, operands: Operands) -> Statistics:
         """All terms of the plan, from one sweep over S."""

@@ -21,6 +21,9 @@ from fastcl.terms import (
     Mask,
     Needs,
     Operands,
+    PanelGradients,
+    PanelNeeds,
+    PanelOperands,
     Plan,
     Products,
     Reduce,
@@ -71,13 +74,19 @@ def refuses(plan: Plan) -> str | None:
     return None
 
 
-def supports(plan: Plan, operands: Operands) -> str | None:
+def takes(a: Tensor) -> str | None:
     if (reason := unavailable()) is not None:
         return reason
-    if operands.a.device.type != "cpu":
-        return f"the tensors are on {operands.a.device}, not on the CPU"
-    if operands.a.dtype not in _DTYPES:
-        return f"{operands.a.dtype} is not one of float32, bfloat16, float16"
+    if a.device.type != "cpu":
+        return f"the tensors are on {a.device}, not on the CPU"
+    if a.dtype not in _DTYPES:
+        return f"{a.dtype} is not one of float32, bfloat16, float16"
+    return None
+
+
+def supports(plan: Plan, operands: Operands) -> str | None:
+    if (reason := takes(operands.a)) is not None:
+        return reason
     if 0 in (*operands.shape, operands.a.shape[1]):
         return "an operand is empty"
     if plan.symmetric and (plan.columns or operands.b is not None or operands.row0 != operands.col0):
@@ -122,6 +131,38 @@ def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Nee
     )
 
 
+def sigmoid(x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> PanelGradients:
+    """The panel function of :mod:`fastcl.losses.sigmoid`."""
+    _extension()
+    n, m = x.shape
+    rows, a, b, scale, bias, shifts = torch.ops.fastcl_cpu.sigmoid(
+        x.a.detach(),
+        x.keys.detach(),
+        x.scale.item(),
+        _vector(x.bias.expand(m) if x.column_params is None else x.bias - x.column_params[0]),
+        x.scale.new_ones(n) if x.row_params is None else _vector(x.row_params[0]),
+        _vector(incoming),
+        _packed((x.tags, x.key_tags)),
+        0 if x.row0 is None else int(x.row0),
+        needs.a,
+        needs.b,
+        needs.scale,
+        needs.columns,
+        needs.rows,
+    )
+    return PanelGradients(
+        a if needs.a else None,
+        b if needs.b else None,
+        scale if needs.scale else None,
+        bias if needs.bias else None,
+        shifts.neg_() if needs.columns else None,
+        rows if needs.rows else None,
+    )
+
+
+PANEL_KERNELS = {"sigmoid": sigmoid}
+
+
 def _vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().float().contiguous()
 
@@ -147,15 +188,23 @@ def _arguments(plan: Plan, operands: Operands) -> tuple:
 
 
 def _tags(plan: Plan, operands: Operands) -> list[Tensor | None]:
-    """What the plan's masks test about rows and columns: labels int32 [3, .], ids int32 [.], thresholds float32 [.]."""
-    both = (operands.row_tags,) if operands.b is None else (operands.row_tags, operands.column_tags)
-    tested = plan.tags_tested(Axis.ROW), plan.tags_tested(Axis.COLUMN)
-    labels = _ranks([tags.labels for tags in both], plan.label_width) if plan.tests("label") else [None] * 2
-    ids = _ranks([tags.ids for tags in both], 0) if plan.tests("id") else [None] * 2
+    """What the plan's masks test about rows and columns."""
+    sides = ((operands.row_tags, Axis.ROW), (operands.column_tags, Axis.COLUMN))[: 1 if operands.b is None else 2]
+    both = (
+        Tags(*(tag if tested else None for tag, tested in zip(tags, plan.tags_tested(axis), strict=True)))
+        for tags, axis in sides
+    )
+    return _packed(tuple(both), plan.label_width)
+
+
+def _packed(both: tuple[Tags, ...], label_width: int = 0) -> list[Tensor | None]:
+    """Tags of rows and columns for the engine: labels int32 [3, .], ids int32 [.], thresholds float32 [.]."""
+    none = [None] * len(both)
+    labels = none if both[0].labels is None else _ranks([tags.labels for tags in both], label_width)
+    ids = none if both[0].ids is None else _ranks([tags.ids for tags in both], 0)
     found: list[Tensor | None] = []
-    for k, tags in enumerate(both):
-        threshold = _vector(tags.threshold) if tested[k][2] else None
-        found += [labels[k], None if ids[k] is None else ids[k][0], threshold]
+    for label, id_, tags in zip(labels, ids, both, strict=True):
+        found += [label, None if id_ is None else id_[0], _vector(tags.threshold)]
     return found + [None] * (2 * len(Tags._fields) - len(found))
 
 

@@ -35,6 +35,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOWEST_CAPABILITY = (8, 0)
 _REDUCE_CODES = {Reduce.LSE: 0, Reduce.SUM: 1, Reduce.MAX: 2}
 _TEST_CODES = {False: -1, None: 0, True: 1}
+PANEL_KERNELS = {}
 
 
 def unavailable() -> str | None:

@@ -13,6 +13,8 @@ from fastcl.backends.pairs import admitted, logits, reduce_tile, weight_tile
 from fastcl.backends.softmax import two_sweeps
 from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics, Term
 
+PANEL_KERNELS = {}
+
 
 def unavailable() -> str | None:
     return None

@@ -91,7 +91,11 @@ def multiplier(plan: Plan, incoming: Statistics, dtype: torch.dtype) -> Tensor |
     if dtype is not torch.float16:
         return None
     bound = _largest_sum(plan.rows, incoming.rows) * (2 if plan.symmetric else 1)
-    bound = bound + _largest_sum(plan.columns, incoming.columns)
+    return lifting_power(bound + _largest_sum(plan.columns, incoming.columns))
+
+
+def lifting_power(bound: Tensor) -> Tensor:
+    """A power of two that lifts what is at most ``bound`` into float16's range."""
     power = torch.exp2(14.0 - torch.ceil(torch.log2(bound)).clamp(-100.0, 100.0))
     return torch.where(torch.isfinite(bound) & (bound > 0), power, 1.0)
 

@@ -18,6 +18,7 @@ from fastcl.backends.pairs import admitted, logits, merge, neutral, reduce_tile,
 from fastcl.backends.softmax import evaluate, finish, through_unit_length, two_sweeps, unit_operands
 from fastcl.terms import Axis, CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Reduce, Statistics, Term
 
+PANEL_KERNELS = {}
 _TILE_ON_CPU = 1024
 _TILE_ELSEWHERE = 4096
 _PANEL_TILES = 2

@@ -20,7 +20,8 @@ from fastcl.losses.common import (
     row_similarity,
     summarize,
 )
-from fastcl.panels import Outputs, Panel, Slopes, panel_function, panel_rows
+from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.panelwise import panel_rows
 from fastcl.terms import Tags
 
 
@@ -65,7 +66,7 @@ def alpha_cl_loss(
         reduction: "mean", "sum", or "none" for [2B]: the rows of ``z1``, then those of ``z2``.
         return_stats: also return a :class:`fastcl.LossStats`, from a sweep of its own. The similarity is
             :math:`1 - d_{ij}^2`, the cosine of rows of unit length.
-        backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
+        backend: None, "tiled", or "dense" (small N): the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty. The features of all ranks are gathered.
 
@@ -117,7 +118,9 @@ def alpha_cl_loss(
     if not return_stats:
         return loss
     with torch.no_grad():
-        positive, nearest = panel_rows(distances_of_rows, z, None, group=group, call=run.call, **operands)
+        positive, nearest = panel_rows(
+            distances_of_rows, z, None, group=group, call=run.call, backend=backend, **operands
+        )
     scale = inverse(tau, z)
     return loss, summarize(run, scale * (1 - positive), [scale * (1 - nearest)], None, scale)
 

@@ -1,6 +1,6 @@
 """Noise-contrastive estimation in its binary form: is a key the query's own, or was it drawn from the noise?
 
-May import :mod:`fastcl.losses.common` and the panels.
+May import :mod:`fastcl.losses.common` and :mod:`fastcl.losses.sigmoid`.
 """
 
 from __future__ import annotations
@@ -12,29 +12,8 @@ from torch.nn import functional as F
 
 from fastcl.checks import check_pair, check_row_vector, check_scalar
 from fastcl.losses.common import Run, check_weight, inverse, normalize_rows
-from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.losses.sigmoid import sigmoid_rows
 from fastcl.terms import Tags, accumulation_dtype
-
-
-@panel_function(outputs=1)
-def nce_rows(panel: Panel):
-    """Of each row, -log h of its own key and -log(1 - h) of the others, times the row's parameter.
-
-    h = sigmoid(S - the column's parameter). Duplicates are left out.
-    """
-    (offset,), (factor,) = panel.column_params, panel.row_params
-    logits = panel.s.sub_(offset)
-    positive = panel.self_pair
-    signed = torch.where(positive, -logits, logits)
-    if panel.tags.ids is not None:
-        signed.masked_fill_((panel.tags.ids[:, None] == panel.key_tags.ids) & ~positive, -torch.inf)
-    factors = factor[:, None].where(~positive, factor.new_ones(()))
-
-    def pull_back(incoming: Outputs) -> Slopes:
-        slope = torch.where(positive, -1.0, factors).mul_(signed.sigmoid()).mul_(incoming[0][:, None])
-        return Slopes(slope, column_params=-slope.sum(dim=0, keepdim=True))
-
-    return (F.softplus(signed, threshold=40.0).mul_(factors).sum(dim=1),), pull_back
 
 
 def binary_nce_loss(
@@ -75,7 +54,7 @@ def binary_nce_loss(
         weight: [B], a constant factor of a query's loss. The mean still divides by B.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [B].
-        backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
+        backend: insist on one of :func:`fastcl.list_backends`.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty.
 
@@ -116,7 +95,7 @@ def binary_nce_loss(
     ratio = others if noise_ratio is None else torch.full_like(others, noise_ratio)
     tags = Tags(ids=ids)
     return run.panels(
-        nce_rows,
+        sigmoid_rows,
         z1,
         z2,
         weight,

@@ -6,7 +6,6 @@ May import the primitives, :mod:`fastcl.terms` and :mod:`fastcl.checks`.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +18,8 @@ from fastcl.checks import check_choice, check_row_vector
 from fastcl.cross_entropy import cross_entropy
 from fastcl.distributed import EXCHANGES
 from fastcl.pairwise import pairwise
-from fastcl.panels import PanelFunction, panel_rows, panel_sum
+from fastcl.panels import PanelFunction
+from fastcl.panelwise import panel_rows, panel_sum
 from fastcl.terms import AXES, NO_TAGS, Axis, Mask, Reduce, Tags, Term, accumulation_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -80,12 +80,11 @@ class Run(NamedTuple):
     def panels(
         self, function: PanelFunction, a: Tensor, b: Tensor | None, weight: Tensor | None = None, **operands: object
     ) -> Tensor:
-        """The loss whose rows are the only output of a panel function, of :func:`fastcl.panels.panel_sum`'s operands.
+        """The loss whose rows are a panel function's only output, of :func:`fastcl.panelwise.panel_sum`'s operands.
 
         Mean and sum take one sweep over S for value and gradients; the losses of the rows take another for backward.
         """
-        self.check_is_tiled()
-        operands |= {"group": self.group, "call": self.call}
+        operands |= {"group": self.group, "call": self.call, "backend": self.backend}
         if self.reduction == "none":
             (loss,) = panel_rows(function, a, b, **operands)
             return self.reduce(loss, weight)
@@ -93,15 +92,6 @@ class Run(NamedTuple):
         (loss,) = panel_sum(function, a, b, weights=weights, **operands)
         both = self.over_ranks(torch.stack((loss, loss.new_full((), a.shape[0]))), "sum")
         return both[0] / both[1] if self.reduction == "mean" else both[0]
-
-    def check_is_tiled(self) -> None:
-        """Raise if another backend was asked for than the one for what is plain PyTorch on every device."""
-        insisted = self.backend or os.environ.get("FASTCL_BACKEND")
-        if insisted not in (None, "", "tiled"):
-            raise ValueError(
-                f"backend {insisted!r} can't compute this call: a loss of every single pair is computed over panels of "
-                f"S in plain PyTorch, which is backend 'tiled'"
-            )
 
     def reduce(self, loss: Tensor, weight: Tensor | None = None, has_say: Tensor | None = None) -> Tensor:
         """The rows' losses [rows] times their weights, with 0 where a row has no say: their mean, sum, or themselves.

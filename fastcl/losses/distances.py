@@ -14,7 +14,8 @@ from torch.distributed import ProcessGroup
 
 from fastcl.checks import check_choice, check_matrix, check_row_vector, check_scalar
 from fastcl.losses.common import LossStats, Run, check_weight, normalize_rows, row_similarity, summarize
-from fastcl.panels import Panel, PanelFunction, Slopes, panel_function, panel_rows, panel_sum
+from fastcl.panels import Panel, PanelFunction, Slopes, panel_function
+from fastcl.panelwise import panel_rows, panel_sum
 from fastcl.terms import Tags, accumulation_dtype
 
 DISTANCES = ("euclidean", "cosine")
@@ -131,8 +132,7 @@ def average(
     The rows' own losses are such that their mean is that. With one pair of outputs it takes one sweep for value and
     gradients; with more, the counts must be known before the gradients, which take another one.
     """
-    run.check_is_tiled()
-    operands = rows.operands(numbers, params) | {"group": run.group, "call": run.call}
+    operands = rows.operands(numbers, params) | {"group": run.group, "call": run.call, "backend": run.backend}
     if function.outputs == 2 and run.reduction != "none":
         weight = None if rows.weight is None else rows.weight.detach()
         total, count = panel_sum(function, rows.z, None, weights=weight, **operands)
@@ -170,6 +170,6 @@ def similarities(panel: Panel):
 def stats_of_rows(run: Run, rows: LabelledRows) -> LossStats:
     """LossStats of labelled rows, from a sweep of their own: of each row with a positive, and of its nearest rows."""
     with torch.no_grad():
-        found = panel_rows(similarities, rows.z, None, group=run.group, call=run.call, **rows.operands(()))
-    best, hardest, total, count = found
+        operands = rows.operands(()) | {"group": run.group, "call": run.call, "backend": run.backend}
+        best, hardest, total, count = panel_rows(similarities, rows.z, None, **operands)
     return summarize(run, total / count.clamp_min(1), [hardest], count > 0, 1.0, [best])

@@ -74,7 +74,7 @@ def clip_distillation_loss(
         normalize: scale each row of all four to unit length first.
         reduction: "mean", "sum", or "none" for [B].
         return_stats: also return a :class:`fastcl.LossStats` of the student, from a sweep of its own.
-        backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
+        backend: None, "tiled", or "dense" (small N): the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty. The features of all ranks are gathered.
 

@@ -19,7 +19,8 @@ from fastcl.losses.distances import (
     positives_and_negatives,
     stats_of_rows,
 )
-from fastcl.panels import Outputs, Panel, Slopes, panel_function, panel_rows
+from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.panelwise import panel_rows
 
 
 @panel_function(outputs=1)
@@ -99,7 +100,7 @@ def lifted_structure_loss(
         return_stats: also return a :class:`fastcl.LossStats` from a sweep of its own: how often an anchor's nearest row
             has its label, the mean similarity of positive pairs, and the hardest negative's. It is the cosine of unit
             rows; of others :math:`1 - |x - y|^2 / 2`, or 1 minus the distance where that is "cosine".
-        backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
+        backend: None, "tiled", or "dense" (small N): the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty; labels and ids mean the same on all of them.
 
@@ -124,10 +125,8 @@ def lifted_structure_loss(
     neg_margin, pos_margin = check_margin("neg_margin", neg_margin), check_margin("pos_margin", pos_margin)
     rows = LabelledRows.checked(z, labels, ids, weight, distance=distance, normalize=normalize, group=group)
     run = Run.checked(reduction, backend, group, "auto", loss="lifted_structure_loss", return_stats=return_stats)
-    run.check_is_tiled()
-    (negatives,) = panel_rows(
-        lse_of_negatives, rows.z, None, group=group, call=run.call, **rows.operands((neg_margin,))
-    )
+    operands = rows.operands((neg_margin,)) | {"group": group, "call": run.call, "backend": backend}
+    (negatives,) = panel_rows(lse_of_negatives, rows.z, None, **operands)
     loss = average(run, positive_pairs, rows, (pos_margin,), negatives[None])
     return (loss, stats_of_rows(run, rows)) if return_stats else loss
 

@@ -1,4 +1,7 @@
-"""The sigmoid loss: every pair is a yes-or-no question. May import :mod:`fastcl.losses.common` and the panels."""
+"""The sigmoid loss: every pair is a yes-or-no question.
+
+May import :mod:`fastcl.losses.common` and :mod:`fastcl.losses.sigmoid`.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,8 @@ from torch.nn import functional as F
 
 from fastcl.checks import check_pair, check_scalar
 from fastcl.losses.common import LossStats, Run, check_tags, check_weight, normalize_rows, summarize
-from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.losses.sigmoid import sigmoid_rows
 from fastcl.terms import AXES, Mask, Reduce, Tags, Term
-
-
-@panel_function(outputs=1)
-def sigmoid_rows(panel: Panel):
-    """-log sigmoid of S for the row's own key and those of its label, of -S for all others that are no duplicates."""
-    positive = panel.self_pair
-    if panel.tags.labels is not None:
-        positive = positive | panel.same_label
-    signed = torch.where(positive, -panel.s, panel.s)
-    dropped = None
-    if panel.tags.ids is not None:
-        dropped = (panel.tags.ids[:, None] == panel.key_tags.ids) & ~positive
-        signed.masked_fill_(dropped, -torch.inf)
-
-    def pull_back(incoming: Outputs) -> Slopes:
-        slope = signed.sigmoid()
-        return Slopes(torch.where(positive, -slope, slope).mul_(incoming[0][:, None]))
-
-    return (F.softplus(signed, threshold=40.0).sum(dim=1),), pull_back
 
 
 def siglip_loss(
@@ -66,7 +50,7 @@ def siglip_loss(
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [B], the sums over each image's row.
         return_stats: also return a :class:`fastcl.LossStats`, from one more pass.
-        backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
+        backend: insist on one of :func:`fastcl.list_backends`.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty. The texts of all ranks are gathered.
 

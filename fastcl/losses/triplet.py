@@ -22,7 +22,8 @@ from fastcl.losses.distances import (
     positives_and_negatives,
     stats_of_rows,
 )
-from fastcl.panels import Outputs, Panel, Slopes, panel_function, panel_rows
+from fastcl.panels import Outputs, Panel, Slopes, panel_function
+from fastcl.panelwise import panel_rows
 
 MINING = ("all", "semihard", "hard")
 
@@ -155,7 +156,7 @@ def triplet_loss(
         return_stats: also return a :class:`fastcl.LossStats` from a sweep of its own: how often an anchor's nearest row
             has its label, the mean similarity of positive pairs, and the hardest negative's. It is the cosine of unit
             rows; of others :math:`1 - |x - y|^2 / 2`, or 1 minus the distance where that is "cosine".
-        backend: None, or "tiled": the loss is computed in plain PyTorch on every device.
+        backend: None, "tiled", or "dense" (small N): the loss is computed in plain PyTorch on every device.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty; labels and ids mean the same on all of them.
 
@@ -209,9 +210,8 @@ def triplet_loss(
 
 def _swapped(run: Run, rows: LabelledRows, margin: float, smooth_loss: bool) -> Tensor:
     """The loss of the hardest triplets, of which only their columns come from a sweep."""
-    run.check_is_tiled()
     with torch.no_grad():
-        operands = rows.operands(()) | {"group": run.group, "call": run.call}
+        operands = rows.operands(()) | {"group": run.group, "call": run.call, "backend": run.backend}
         found = panel_rows(hardest_rows, rows.z, None, **operands)
     complete = found[0] >= 0
     everything = run.gather(rows.z)

@@ -20,7 +20,7 @@ import torch
 
 KERNELS = (
     *("sweep", "sweep_symmetric", "redo", "weights", "weights_symmetric"),
-    *("sweep_tags", "sweep_symmetric_tags", "weights_tags", "weights_symmetric_tags"),
+    *("sweep_tags", "sweep_symmetric_tags", "weights_tags", "weights_symmetric_tags", "sigmoid"),
 )
 """A symmetric plan walks a triangle of tiles, which must be square. Masks that test tags take registers."""
 PRECISIONS = ("half", "tf32", "float32")

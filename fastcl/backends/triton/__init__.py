@@ -16,8 +16,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics
+from fastcl.terms import (
+    CrossEntropy,
+    LossAndGradients,
+    Needs,
+    Operands,
+    PanelGradients,
+    PanelNeeds,
+    PanelOperands,
+    Plan,
+    Products,
+    Statistics,
+)
 
 if TYPE_CHECKING:
     from fastcl.backends.triton import launch
@@ -39,18 +51,22 @@ def refuses(plan: Plan) -> str | None:
     return None
 
 
-def supports(plan: Plan, operands: Operands) -> str | None:
-    reason = unavailable()
-    if reason is not None:
+def takes(a: Tensor) -> str | None:
+    if (reason := unavailable()) is not None:
         return reason
-    a = operands.a
     if not (a.is_cuda or (_is_interpreted() and a.device.type == "cpu")):
         return f"the tensors are on {a.device.type}, not on a CUDA device"
     if a.dtype not in _DTYPES:
         return f"{a.dtype} is not one of float32, bfloat16, float16"
+    return None
+
+
+def supports(plan: Plan, operands: Operands) -> str | None:
+    if (reason := takes(operands.a)) is not None:
+        return reason
     if plan.symmetric and operands.row0 != operands.col0:
         return f"a symmetric plan needs row0 == col0, got {operands.row0} and {operands.col0}"
-    if 0 in (*operands.shape, a.shape[1]):
+    if 0 in (*operands.shape, operands.a.shape[1]):
         return "an operand is empty"
     return refuses(plan)
 
@@ -83,6 +99,15 @@ def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Nee
     x = launch.inputs(unit_length, shift)
     found = _cross_entropy(plan, unit_length, x, replace(head, normalize=False), needs)
     return found._replace(gradients=unit.through_unit_length(operands, found.gradients))
+
+
+def _sigmoid(x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> PanelGradients:
+    from fastcl.backends.triton import sigmoid
+
+    return sigmoid.value_and_gradients(x, incoming, needs)
+
+
+PANEL_KERNELS = {"sigmoid": _sigmoid}
 
 
 def _cross_entropy(

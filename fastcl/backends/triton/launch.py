@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl import tuning
 from fastcl.backends.shift import fixed_shift, flag_threshold
 from fastcl.backends.triton.plan import Constants
-from fastcl.terms import Operands, Tags
+from fastcl.terms import Operands, PanelOperands, Tags
 
 _FLOAT32_PRECISION = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
 
@@ -39,16 +39,16 @@ class Inputs(NamedTuple):
 def inputs(operands: Operands, shift: Tensor | None = None) -> Inputs:
     """The operands for the kernels; ``shift`` is their fixed shift where it is known."""
     n, m = operands.shape
-    a = _unit_stride(operands.a)
-    row_tags = _contiguous(operands.row_tags)
+    a = unit_stride(operands.a)
+    row_tags = contiguous(operands.row_tags)
     return Inputs(
         a=a,
-        b=a if operands.b is None else _unit_stride(operands.b),
+        b=a if operands.b is None else unit_stride(operands.b),
         scale=operands.scale,
         shift=fixed_shift(operands, operands.scale.detach().float()) if shift is None else shift,
         target=operands.target,
         row_tags=row_tags,
-        column_tags=row_tags if operands.b is None else _contiguous(operands.column_tags),
+        column_tags=row_tags if operands.b is None else contiguous(operands.column_tags),
         first_column=operands.col0,
         # beyond [-n, m] no pair of this S is a self pair, and so it stays when clamped
         self_offset=max(-n, min(operands.row0 - operands.col0, m)),
@@ -77,7 +77,7 @@ def constant_arguments(constants: Constants, x: Inputs, config: tuning.Config) -
     return constants.as_arguments() | tile_arguments(x, config) | {"PIECE": piece}
 
 
-def tile_arguments(x: Inputs, config: tuning.Config) -> dict[str, Any]:
+def tile_arguments(x: Inputs | PanelOperands, config: tuning.Config) -> dict[str, Any]:
     return {
         "EVEN_D": x.a.shape[1] % config.block_d == 0,
         "PRECISION": matmul_precision(x.a.dtype),
@@ -94,7 +94,8 @@ def vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().float().contiguous()
 
 
-def _contiguous(tags: Tags) -> Tags:
+def contiguous(tags: Tags) -> Tags:
+    """The tags, copied where they don't lie side by side."""
     return Tags(*(None if tag is None else tag.contiguous() for tag in tags))
 
 
@@ -103,5 +104,6 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
+    """The features, copied where they don't lie side by side along D."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -1,0 +1,123 @@
+"""The panel function of :mod:`fastcl.losses.sigmoid` on the host: one sweep over panels for its value and gradient."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from fastcl import tuning
+from fastcl.backends import panels
+from fastcl.backends.panels import Panel
+from fastcl.backends.softmax import finish
+from fastcl.backends.triton import launch
+from fastcl.backends.triton.backward import GROUP_M
+from fastcl.backends.triton.kernels.sigmoid import sigmoid_kernel
+from fastcl.terms import Needs, Operands, PanelGradients, PanelNeeds, PanelOperands, Plan, Products
+
+_MOST_PARTIALS = 2**22
+"""partial sums of a panel, where no W is written and nothing else bounds it"""
+
+
+def value_and_gradients(x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> PanelGradients:
+    sweep = _Sweep(x, incoming, needs)
+    products = Products(None, None)
+    with launch.on_device(x.a):
+        if needs.product_a or needs.b:
+            products = panels.products(
+                Plan(()), sweep.a, sweep.b, needs.product_a, needs.b, sweep.tile, sweep.workspace_bytes, sweep.run
+            )
+        else:
+            for panel in sweep.bare_panels():
+                sweep.run(panel, None)
+        if sweep.multiplier is not None:
+            products = Products(*(None if p is None else p.div_(sweep.multiplier) for p in products))
+        operands = Operands(sweep.a, sweep.b, x.scale)
+        gradients = finish(Plan(()), operands, products, Needs(needs.a, needs.b, needs.scale))
+    columns = None if sweep.columns is None else sweep.columns.neg_()
+    return PanelGradients(*gradients, sweep.bias, columns, sweep.costs)
+
+
+class _Sweep:
+    """The kernel over one panel after the other, and what their partial sums add up to, in the order of the panels."""
+
+    def __init__(self, x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> None:
+        self.a, self.b = launch.unit_stride(x.a), launch.unit_stride(x.keys)
+        self.x, self.incoming = x, launch.vector(incoming)
+        self.factors, self.offsets = (
+            None if params is None else launch.vector(params[0]) for params in (x.row_params, x.column_params)
+        )
+        self.tags, self.key_tags = (launch.contiguous(tags) for tags in (x.tags, x.key_tags))
+        is_tagged = x.tags.labels is not None or x.tags.ids is not None
+        self.config = launch.configuration("weights_tags" if is_tagged else "sigmoid", self.a, *x.shape)
+        self.tile = max(self.config.block_m, self.config.block_n)
+        self.workspace_bytes = tuning.workspace_bytes(launch.capability(self.a))
+        self.multiplier = None
+        if incoming is not None and self.a.dtype is torch.float16:
+            bound = self.incoming.abs().amax()
+            if self.factors is not None:
+                bound = bound * self.factors.abs().amax().clamp_min(1.0)
+            self.multiplier = panels.lifting_power(bound)
+        n, m = x.shape
+        self.costs = x.scale.new_empty(n) if needs.rows else None
+        self.columns = x.scale.new_empty(m) if needs.columns else None
+        self.bias = x.scale.new_zeros(()) if needs.bias else None
+
+    def bare_panels(self) -> list[Panel]:
+        """Panels of whole rows, for sums alone."""
+        n, m = self.x.shape
+        tiles = triton.cdiv(m, self.config.block_n)
+        height = max(1, _MOST_PARTIALS // tiles // self.config.block_m) * self.config.block_m
+        return [Panel(begin, min(begin + height, n), 0, m) for begin in range(0, n, height)]
+
+    def run(self, panel: Panel, workspace: Tensor | None) -> None:
+        """Fills the workspace with W, and adds up the rest."""
+        x, (rows, columns) = self.x, panel.shape
+        tiles_m, tiles_n = triton.cdiv(rows, self.config.block_m), triton.cdiv(columns, self.config.block_n)
+
+        def partials(sums: Tensor | None, slots: int, count: int) -> Tensor | None:
+            return None if sums is None else x.scale.new_empty(slots, count)
+
+        costs = partials(self.costs, tiles_n, rows)
+        row_sums = partials(self.bias, tiles_n, rows)
+        column_sums = partials(self.columns, tiles_m, columns)
+        sigmoid_kernel[(tiles_m * tiles_n,)](
+            self.a,
+            self.b,
+            x.scale,
+            x.bias,
+            self.offsets,
+            self.factors,
+            self.incoming,
+            x.row0,
+            self.tags,
+            self.key_tags,
+            self.multiplier,
+            costs,
+            row_sums,
+            column_sums,
+            workspace,
+            *x.shape,
+            self.a.shape[1],
+            self.a.stride(0),
+            self.b.stride(0),
+            *panel[:4],
+            0 if workspace is None else workspace.stride(0),
+            GROUP_M=GROUP_M,
+            **launch.tile_arguments(x, self.config),
+        )
+        _add(self.costs, panel.rows, costs, panel.column_begin == 0)
+        _add(self.columns, panel.columns, column_sums, panel.row_begin == 0)
+        if row_sums is not None:
+            self.bias += row_sums.sum()
+
+
+def _add(sums: Tensor | None, part: slice, partials: Tensor | None, first: bool) -> None:
+    """Adds partial sums [slots, count] to a part of the sums, which hold nothing before the ``first``."""
+    if sums is None:
+        return
+    found = partials.sum(dim=0)
+    if first:
+        sums[part] = found
+    else:
+        sums[part] += found
