@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -197,11 +199,20 @@ def test_statistics_of_several_positives(backend: str) -> None:
     torch.testing.assert_close(of_clip.accuracy, sum(both) / 2)
 
 
-def test_statistics_of_siglip() -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        functools.partial(fastcl.siglip_loss, logit_scale=4.0, logit_bias=-1.0),
+        functools.partial(fastcl.binary_nce_loss, tau=0.25),
+    ],
+    ids=["siglip", "binary_nce"],
+)
+def test_statistics_of_yes_or_no_questions(loss: Callable[..., tuple[Tensor, fastcl.LossStats]]) -> None:
+    ids = torch.arange(12) % 7
     x, y = X.clone().requires_grad_(), Y.clone().requires_grad_()
-    loss, stats = fastcl.siglip_loss(x, y, 3.0, -1.0, normalize=True, return_stats=True)
-    assert loss.requires_grad
-    _, expected = fastcl.clip_loss(x, y, 3.0, normalize=True, return_stats=True)
+    value, stats = loss(x, y, ids=ids, normalize=True, return_stats=True)
+    assert value.requires_grad
+    _, expected = fastcl.clip_loss(x, y, 4.0, ids=ids, normalize=True, return_stats=True)
     torch.testing.assert_close(stats, expected)
 
 

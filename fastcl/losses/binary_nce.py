@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from fastcl.checks import check_pair, check_row_vector, check_scalar
-from fastcl.losses.common import Run, check_weight, inverse, normalize_rows
+from fastcl.losses.common import LossStats, Run, check_weight, inverse, normalize_rows, stats_of_pairs
 from fastcl.losses.sigmoid import sigmoid_rows
 from fastcl.terms import Tags, accumulation_dtype
 
@@ -27,9 +27,10 @@ def binary_nce_loss(
     weight: Tensor | None = None,
     normalize: bool = True,
     reduction: str = "mean",
+    return_stats: bool = False,
     backend: str | None = None,
     group: ProcessGroup | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, LossStats]:
     r"""Binary noise-contrastive estimation: each pair is a logistic question, "data or noise?".
 
     A key j comes either from the data, with the unnormalised log-density :math:`\langle z^1_i, z^2_j\rangle / \tau`
@@ -54,6 +55,7 @@ def binary_nce_loss(
         weight: [B], a constant factor of a query's loss. The mean still divides by B.
         normalize: scale each row to unit length first.
         reduction: "mean", "sum", or "none" for [B].
+        return_stats: also return a :class:`fastcl.LossStats`, from one more pass.
         backend: insist on one of :func:`fastcl.list_backends`.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty.
@@ -87,24 +89,27 @@ def binary_nce_loss(
     if ids is not None:
         check_row_vector("ids", ids, z1, integer=True)
     check_weight(weight, z1)
-    run = Run.checked(reduction, backend, group, "auto", loss="binary_nce_loss", normalize=normalize)
+    run = Run.checked(
+        reduction, backend, group, "auto", loss="binary_nce_loss", normalize=normalize, return_stats=return_stats
+    )
     if normalize:
         z1, z2 = normalize_rows(z1), normalize_rows(z2)
     rows = z1.new_ones(len(z1), dtype=accumulation_dtype(z1.dtype))
     others = run.over_ranks(rows.sum(), "sum") - 1
     ratio = others if noise_ratio is None else torch.full_like(others, noise_ratio)
-    tags = Tags(ids=ids)
-    return run.panels(
+    tags, scale = Tags(ids=ids), inverse(tau, z1)
+    loss = run.panels(
         sigmoid_rows,
         z1,
         z2,
         weight,
-        scale=inverse(tau, z1),
+        scale=scale,
         row_params=(rows * (ratio / others.clamp_min(1)))[None],
         column_params=(rows * ratio.log() + log_noise)[None].to(rows.dtype),
         tags=tags,
         key_tags=tags,
     )
+    return (loss, stats_of_pairs(run, z1, z2, scale, ids=ids)) if return_stats else loss
 
 
 def reference(
