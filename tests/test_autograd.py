@@ -12,7 +12,8 @@ from torch import Tensor
 import fastcl
 from fastcl.cross_entropy import Options
 from fastcl.terms import Mask, Needs, Plan, Reduce, Term
-from tests.cases import LOSSES, Loss, available_backends, make_features, require
+from tests.cases import available_backends, make_features, require
+from tests.losses import LOSSES, Loss
 
 EACH_LOSS = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 

@@ -7,9 +7,7 @@ import torch
 
 from tests.cases import (
     DTYPES,
-    LOSSES,
     TOLERANCE,
-    Loss,
     available_backends,
     make_features,
     relative_error,
@@ -17,6 +15,7 @@ from tests.cases import (
     shapes_of,
     value_and_gradients,
 )
+from tests.losses import LOSSES, Loss
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -22,7 +22,8 @@ import fastcl
 from fastcl import engine, tuning
 from fastcl.backends import cuda, dense, panels
 from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Statistics, Term
-from tests.cases import LOSSES, Loss, relative_error
+from tests.cases import relative_error
+from tests.losses import LOSSES, Loss
 from tests.test_correctness import check_against_float64
 
 ROOT = Path(__file__).parents[1]

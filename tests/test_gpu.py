@@ -12,16 +12,8 @@ from fastcl import tuning
 from fastcl.backends import triton
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.terms import LossAndGradients, Needs, Plan
-from tests.cases import (
-    DTYPES,
-    LOSSES,
-    SHAPES,
-    Loss,
-    available_backends,
-    make_features,
-    relative_error,
-    value_and_gradients,
-)
+from tests.cases import DTYPES, SHAPES, available_backends, make_features, relative_error, value_and_gradients
+from tests.losses import LOSSES, Loss
 from tests.test_correctness import check_against_float64, supported
 from tests.test_one_sweep import ALONG_ROWS, NO_POSITIVE, found_gradients, judge, make
 

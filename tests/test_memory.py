@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks.measure import gradient_step, peak_memory
-from tests.cases import LOSSES, Loss, available_backends, make_features, require
+from tests.cases import available_backends, make_features, require
+from tests.losses import LOSSES, Loss
 
 PAIRS = 8192
 M_MMAP_THRESHOLD = -3

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastcl
-from tests.cases import LOSSES, Loss, make_features, refusal, require
+from tests.cases import make_features, refusal, require
+from tests.losses import LOSSES, Loss
 
 X, Y = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(2)).unbind()
 BACKENDS = pytest.mark.parametrize("backend", ["dense", "tiled", "cpu"])
