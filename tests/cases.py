@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastcl.engine import BACKENDS
-from tests.losses import Loss
+from tests.losses import LOSSES, PANELS, Loss
 
 
 @functools.cache
-def refusal(loss: Loss, backend: str) -> str | None:
+def refusal(loss: Loss, backend: str | None, device: str = "cpu") -> str | None:
     """Why a backend doesn't compute a loss, in its own words, or None."""
-    features = make_features(loss, 3, 2, torch.float32)
+    features = make_features(loss, 3, 2, torch.float32, device)
     try:
         loss.call(features, 0.5, backend=backend)
     except ValueError as error:
@@ -27,9 +27,9 @@ def refusal(loss: Loss, backend: str) -> str | None:
     return None
 
 
-def require(loss: Loss, backend: str) -> None:
+def require(loss: Loss, backend: str | None, device: str = "cpu") -> None:
     """Skip the running test, with the reason, where the backend doesn't compute the loss."""
-    if reason := refusal(loss, backend):
+    if reason := refusal(loss, backend, device):
         pytest.skip(f"{loss.name}: {reason}")
 
 
@@ -38,7 +38,12 @@ SHAPES = ((1, 3), (2, 1), (7, 5), (33, 17), (129, 65), (300, 96), (1030, 40))
 
 
 def shapes_of(loss: Loss) -> tuple[tuple[int, int], ...]:
-    """All shapes for the losses that run as one operator, which is where tiles and panels are; else a few."""
+    """All shapes for the losses that run as one operator, which is where tiles and panels are; else a few.
+
+    Some formulas over panels take memory of the order of N * N * D or N * N * N: they have no large one.
+    """
+    if loss.backends == PANELS:
+        return SHAPES[0], SHAPES[3], SHAPES[4]
     return SHAPES if loss.one_operator and not loss.variant else SHAPES[::3]
 
 
@@ -52,6 +57,20 @@ def available_backends(device: str = "cpu") -> list[str]:
     """The backends that the tests on ``device`` run."""
     names = {"cpu": ("dense", "tiled", "cpu"), "cuda": ("dense", "tiled", "triton", "cuda")}[device]
     return [name for name in names if BACKENDS[name].unavailable() is None]
+
+
+def backends_of(loss: Loss, device: str = "cpu") -> list[str | None]:
+    """The available backends that may compute a loss; None is its own choice."""
+    available = available_backends(device)
+    return [name for name in loss.backends if name is None or name in available]
+
+
+def each_loss_and_backend(losses: Iterable[Loss] = LOSSES, without: Container[str] = ()) -> pytest.MarkDecorator:
+    """Parametrises ``loss`` and ``backend`` with what there is of the two on a CPU."""
+    pairs = [(loss, backend) for loss in losses for backend in backends_of(loss) if backend not in without]
+    return pytest.mark.parametrize(
+        ("loss", "backend"), [pytest.param(*pair, id=f"{pair[0].name}-{pair[1] or 'own'}") for pair in pairs]
+    )
 
 
 def seed_of(*key: object) -> int:

@@ -29,6 +29,10 @@ from fastcl.losses.spectral import reference as spectral_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
 from fastcl.losses.triplet import reference as triplet_reference
 
+EVERY_BACKEND = ("dense", "tiled", "cpu", "triton", "cuda")
+PANELS = ("tiled",)
+"""of a loss that looks at every single pair, in plain PyTorch"""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -56,6 +60,9 @@ class Loss:
     sweeps: int
     """how often S is looked at for the value of the rows"""
 
+    backends: tuple[str | None, ...]
+    """those that may compute it, or None alone where there is nothing to choose"""
+
     def lengths(self, pairs: int) -> tuple[int, ...]:
         """The rows of each of the features."""
         return tuple(pairs + pairs // 2 + 1 if name.startswith("longer") else pairs for name in self.features)
@@ -67,8 +74,13 @@ class Loss:
 
     @property
     def temperature_cancels(self) -> bool:
-        """Whether the temperature's gradient is a difference of sweeps that nearly cancel."""
-        return self.name in ("ranking_both_directions", "clip_distillation", "info_nce_tau_per_query")
+        """Whether the temperature's gradient is a difference, of sweeps or within a query, that nearly cancels."""
+        return self.name in (
+            "ranking_both_directions",
+            "clip_distillation",
+            "info_nce_tau_per_query",
+            "info_nce_own_negatives",
+        )
 
     @property
     def symmetric(self) -> bool:
@@ -98,6 +110,7 @@ def _row(
     one_operator: bool = True,
     detached: bool = False,
     sweeps: int = 1,
+    backends: tuple[str | None, ...] = EVERY_BACKEND,
 ) -> Loss:
     """A loss whose options ``given`` makes of the features, for call and reference alike."""
     return Loss(
@@ -109,6 +122,7 @@ def _row(
         one_operator,
         detached,
         sweeps,
+        backends,
     )
 
 
@@ -204,6 +218,7 @@ def _labelled(
         passes,
         lambda x: {"labels": tag(len(x[0]), len(x[0]) // 4 + 2, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
         one_operator=False,
+        backends=PANELS,
     )
 
 
@@ -264,6 +279,7 @@ LOSSES = (
         _own_negatives(info_nce_reference),
         ("query", "key", "longer negatives"),
         (0, (0, 0), 0),
+        backends=(None,),
     ),
     _row(
         "info_nce_labels",
@@ -409,6 +425,7 @@ LOSSES = (
         (8, (4.0, 8.0), 6),
         one_operator=False,
         sweeps=2,
+        backends=PANELS,
     ),
     *(
         _row(
@@ -420,10 +437,19 @@ LOSSES = (
             lambda x, rule=rule: {"importance": rule},
             one_operator=False,
             detached=rule != "uniform",
+            backends=PANELS,
         )
         for rule in ("softmax", "uniform", "power")
     ),
-    _row("siglip", _siglip(fastcl.siglip_loss), _siglip(siglip_reference), _CLIP, _ROWS, one_operator=False),
+    _row(
+        "siglip",
+        _siglip(fastcl.siglip_loss),
+        _siglip(siglip_reference),
+        _CLIP,
+        _ROWS,
+        one_operator=False,
+        backends=PANELS,
+    ),
     _row(
         "siglip_labels",
         _siglip(fastcl.siglip_loss),
@@ -432,8 +458,17 @@ LOSSES = (
         _ROWS,
         lambda x: {"labels": tag(len(x[0]), 7, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
         one_operator=False,
+        backends=PANELS,
     ),
-    _row("binary_nce", fastcl.binary_nce_loss, binary_nce_reference, _VIEWS, _ROWS, one_operator=False),
+    _row(
+        "binary_nce",
+        fastcl.binary_nce_loss,
+        binary_nce_reference,
+        _VIEWS,
+        _ROWS,
+        one_operator=False,
+        backends=PANELS,
+    ),
     _row(
         "binary_nce_ratio",
         fastcl.binary_nce_loss,
@@ -446,6 +481,7 @@ LOSSES = (
             "ids": tag(len(x[0]), 5, x[0]),
         },
         one_operator=False,
+        backends=PANELS,
     ),
     *(
         _row(
@@ -456,6 +492,7 @@ LOSSES = (
             (0, (0, 0), 0),
             lambda x, options=options: options,
             one_operator=False,
+            backends=PANELS,
         )
         for name, options in (("spectral", {"normalize": True}), ("spectral_mu", {"mu": 3.0}))
     ),
@@ -467,6 +504,7 @@ LOSSES = (
         _ROWS,
         lambda x: {"mu": 3.0, "ids": tag(len(x[0]), 5, x[0])},
         one_operator=False,
+        backends=PANELS,
     ),
     _labelled("contrastive", fastcl.contrastive_loss, contrastive_reference, _ROWS_OF_TWO, pos_margin=0.1),
     _labelled("contrastive_cosine", fastcl.contrastive_loss, contrastive_reference, _ROWS_OF_TWO, distance="cosine"),

@@ -12,16 +12,12 @@ from torch import Tensor
 import fastcl
 from fastcl.cross_entropy import Options
 from fastcl.terms import Mask, Needs, Plan, Reduce, Term
-from tests.cases import available_backends, make_features, require
+from tests.cases import available_backends, each_loss_and_backend, make_features
 from tests.losses import LOSSES, Loss
 
-EACH_LOSS = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 
-
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.detached], ids=lambda loss: loss.name)
-@pytest.mark.parametrize("backend", ["dense", "tiled"])
-def test_gradcheck(loss: Loss, backend: str) -> None:
-    require(loss, backend)
+@each_loss_and_backend([loss for loss in LOSSES if not loss.detached], without=("cpu",))
+def test_gradcheck(loss: Loss, backend: str | None) -> None:
     features = make_features(loss, 5, 3, torch.float64)
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     weights = torch.rand_like(loss.call(features, tau).detach())
@@ -143,10 +139,8 @@ def test_autocast_leaves_float64_alone() -> None:
     assert torch.equal(got, expected)
 
 
-@EACH_LOSS
-@pytest.mark.parametrize("backend", available_backends())
-def test_any_subset_of_inputs(loss: Loss, backend: str) -> None:
-    require(loss, backend)
+@each_loss_and_backend()
+def test_any_subset_of_inputs(loss: Loss, backend: str | None) -> None:
     features = make_features(loss, 20, 7, torch.float32)
     tau = torch.tensor(0.2, requires_grad=True)
     inputs = [*features, tau]

@@ -17,7 +17,7 @@ from fastcl.terms import Needs, Operands, Plan, Statistics
 from tests.cases import make_features
 from tests.losses import LOSSES, Loss
 
-TILES = 16
+TILES = 6
 DIM = 4
 
 
