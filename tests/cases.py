@@ -37,14 +37,18 @@ SHAPES = ((1, 3), (2, 1), (7, 5), (33, 17), (129, 65), (300, 96), (1030, 40))
 """(pairs, dim), none a multiple of anything that a tile is"""
 
 
-def shapes_of(loss: Loss) -> tuple[tuple[int, int], ...]:
+def shapes_of(loss: Loss, backend: str | None) -> tuple[tuple[int, int], ...]:
     """All shapes for the losses that run as one operator, which is where tiles and panels are; else a few.
 
-    Some formulas over panels take memory of the order of N * N * D or N * N * N: they have no large one.
+    A large one is for the engines, whose tiles are large. Some formulas over panels take memory of the order of
+    N * N * D or N * N * N.
     """
     if loss.backends == PANELS:
         return SHAPES[0], SHAPES[3], SHAPES[4]
-    return SHAPES if loss.one_operator and not loss.variant else SHAPES[::3]
+    is_engine = backend in ("cpu", "triton", "cuda")
+    if loss.one_operator and not loss.variant:
+        return SHAPES if is_engine else SHAPES[:-1]
+    return SHAPES[0], SHAPES[3], SHAPES[-1 if is_engine else -2]
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

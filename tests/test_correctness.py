@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastcl import panels
+from fastcl.backends import tiled
 from tests.cases import (
     DTYPES,
     TOLERANCE,
@@ -26,8 +27,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture(autouse=True)
-def _several_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four of them, the last one ragged, at the largest shape of the losses that are computed over panels."""
+def _several_tiles_and_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of plain PyTorch, the last ones ragged, at the largest shape that it is given."""
+    monkeypatch.setattr(tiled, "_TILE_ON_CPU", 128)
     monkeypatch.setattr(panels, "_PANEL_ON_CPU", 40 * 129)
     monkeypatch.setattr(panels, "_FEWEST_ROWS", 16)
 
@@ -88,9 +90,9 @@ CASES = [
         loss, *shape, dtype, backend, id=f"{loss.name}-{shape[0]}x{shape[1]}-{str(dtype)[6:]}-{backend or 'own'}"
     )
     for loss in LOSSES
-    for shape in shapes_of(loss)
-    for dtype in DTYPES
     for backend in backends_of(loss)
+    for shape in shapes_of(loss, backend)
+    for dtype in DTYPES
     if supported(dtype, backend)
 ]
 

@@ -42,7 +42,7 @@ def cases() -> Iterator[object]:
     for loss in LOSSES:
         for backend in (name for name in loss.backends if name in ON_GPU):
             is_engine = backend in ENGINES
-            for shape in shapes_of(loss) if is_engine else ((129, 65),):
+            for shape in shapes_of(loss, backend) if is_engine else ((129, 65),):
                 for dtype in DTYPES[1:] if is_engine else (torch.float32, torch.bfloat16):
                     name = f"{loss.name}-{shape[0]}x{shape[1]}-{str(dtype)[6:]}-{backend}"
                     yield pytest.param(loss, shape, dtype, backend, id=name)
