@@ -12,7 +12,7 @@ demo: .venv/demo
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: .venv/dev
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -15,6 +15,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ LIMITED_API = "0x030A0000"  # Python 3.10
 TORCH_TARGET = "0x020B000000000000"  # the stable ABI of torch 2.11
 STABLE_HEADER = Path("torch", "csrc", "stable", "ops.h")
 COMMON_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+COMMON_FLAGS += shlex.split(os.environ.get("CXXFLAGS", ""))  # once more, so that they have the last word
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 LEVEL_FLAGS = {
     "level_baseline.cpp": [],

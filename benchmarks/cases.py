@@ -1,6 +1,6 @@
-"""What is timed: the losses of ``tests/cases.py`` at the sizes people train with.
+"""What is timed: the losses of ``tests/losses.py`` at the sizes people train with.
 
-May import ``tests.cases``, from which come the calls, the textbook references and the inputs.
+May import ``tests.losses`` and ``tests.cases``, from which come the calls, the textbook references and the inputs.
 """
 
 from __future__ import annotations
@@ -11,17 +11,24 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import dense_bytes
-from tests.cases import LOSSES, Loss, make_features
+from tests.cases import make_features
+from tests.losses import LOSSES, Loss
 
 TAU = 0.1
 TINY = 64
 """pairs at which even the peer whose memory is cubic takes part"""
 
 
+USUAL = ("nt_xent", "clip", "info_nce", "siglip", "sup_con_out")
+"""the losses that people choose between"""
+PEAK = ("nt_xent", "info_nce", "clip")
+"""one loss of each floor: two, three and four sweeps"""
+
 SUITES = {
-    "usual": "every loss at the sizes people train with",
-    "peak": "every loss from 4,096 to 32,768 rows and dim 128 to 1024, to see the share of the arithmetic peak",
+    "usual": "the losses people choose between, at the sizes they train with",
+    "peak": "three losses from 4,096 to 32,768 rows and dim 128 to 1024, to see the share of the arithmetic peak",
     "small": "NT-Xent of 64 to 512 pairs, where overheads decide",
+    "family": "every loss that there is, with its options, at one size",
     "targets": "what benchmarks/targets.py judges a GPU by; without the million pairs if quick",
 }
 
@@ -32,15 +39,15 @@ class Cost:
 
     dense_copies: int = 4
     """N x M matrices that the eager dense formula holds at its peak, measured"""
-    rows_per_pair: int = 1
     learns_scale: bool = False
     """whether the temperature's gradient is part of the work, as is usual for this loss"""
 
 
 COSTS = {
-    "nt_xent": Cost(dense_copies=3, rows_per_pair=2),
+    "nt_xent": Cost(dense_copies=3),
     "info_nce": Cost(dense_copies=3),
     "clip": Cost(learns_scale=True),
+    "siglip": Cost(learns_scale=True),
 }
 
 
@@ -71,8 +78,12 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """Rows and columns of the similarity matrix."""
-        return self.pairs * self.cost.rows_per_pair
+        """Rows of the similarity matrix; where it is symmetric, all views are."""
+        return self.pairs * (len(self.table_row.features) if self.table_row.symmetric else 1)
+
+    @property
+    def columns(self) -> int:
+        return max(self.rows, *(self.table_row.lengths(self.pairs)))
 
     @property
     def floor_passes(self) -> float:
@@ -82,11 +93,11 @@ class Case:
     @property
     def floor_flops(self) -> float:
         """Floating-point operations of the floor: two for each multiply-add of each pass."""
-        return self.floor_passes * 2 * self.rows**2 * self.dim
+        return self.floor_passes * 2 * self.rows * self.columns * self.dim
 
     def dense_bytes(self, copies: int | None = None, dtype: torch.dtype | None = None) -> int:
         """What a dense computation needs beyond inputs and gradients."""
-        return dense_bytes(self.rows, self.rows, dtype or self.torch_dtype, copies or self.cost.dense_copies)
+        return dense_bytes(self.rows, self.columns, dtype or self.torch_dtype, copies or self.cost.dense_copies)
 
     def resized(self, pairs: int) -> Case:
         return Case(self.loss, pairs, self.dim, self.dtype)
@@ -132,6 +143,8 @@ def suite(device: str, name: str = "usual", *, quick: bool, dtypes: tuple[str, .
             return _peak(quick, dtypes)
         case "small":
             return _small(dtypes)
+        case "family":
+            return _family(device, quick, dtypes)
         case "targets":
             return [
                 case
@@ -145,15 +158,13 @@ def _usual(device: str, quick: bool, dtypes: tuple[str, ...] | None) -> list[Cas
     gpu = device == "cuda"
     if quick:
         dtypes = dtypes or (("bfloat16", "float32") if gpu else ("float32",))
-        middle, smallest, largest, dim = (8192, 2048, 32768, 256) if gpu else (2048, 512, 4096, 128)
-        sizes = [("nt_xent", middle), *((loss, middle) for loss in _others())]
-        sizes += [("nt_xent", smallest), ("nt_xent", largest), ("nt_xent", TINY)]
+        smallest, middle, largest, dim = (2048, 8192, 32768, 256) if gpu else (512, 2048, 4096, 128)
+        sizes = [(loss, middle) for loss in USUAL] + [("nt_xent", pairs) for pairs in (largest, smallest, TINY)]
         return [Case(loss, pairs, dim, dtype) for dtype in dtypes for loss, pairs in sizes]
     dtypes = dtypes or (("bfloat16", "float32", "float16") if gpu else ("float32", "bfloat16"))
     dims = (128, 256, 512, 1024) if gpu else (128, 512)
     ladder = (TINY, 512, 2048, 8192, 32768) + ((131072,) if gpu else ())
-    losses = ("nt_xent", *_others())
-    return [Case(loss, pairs, dim, dtype) for dtype in dtypes for dim in dims for loss in losses for pairs in ladder]
+    return [Case(loss, pairs, dim, dtype) for dtype in dtypes for dim in dims for loss in USUAL for pairs in ladder]
 
 
 def _peak(quick: bool, dtypes: tuple[str, ...] | None) -> list[Case]:
@@ -163,7 +174,7 @@ def _peak(quick: bool, dtypes: tuple[str, ...] | None) -> list[Case]:
         for dtype in dtypes or ("float32", "bfloat16")
         for n in rows
         for dim in dims
-        for loss in ("nt_xent", *_others())
+        for loss in PEAK
     ]
 
 
@@ -172,6 +183,11 @@ def _small(dtypes: tuple[str, ...] | None) -> list[Case]:
     return [Case("nt_xent", pairs, dim, dtype) for dtype in dtypes or ("float32",) for dim in dims for pairs in sizes]
 
 
-def _others() -> list[str]:
-    # Variants with longer keys are the tests' concern: their shapes say nothing new about speed.
-    return [loss.name for loss in LOSSES if loss.name != "nt_xent" and not any("longer" in x for x in loss.features)]
+def _family(device: str, quick: bool, dtypes: tuple[str, ...] | None) -> list[Case]:
+    gpu = device == "cuda"
+    pairs, dim = ((2048 if quick else 8192), 256) if gpu else ((512 if quick else 2048), 128)
+    return [
+        Case(loss.name, pairs, dim, dtype)
+        for dtype in dtypes or (("bfloat16",) if gpu else ("float32",))
+        for loss in LOSSES
+    ]

@@ -96,9 +96,10 @@ def make_rows(results: Sequence[Result], machine: Machine) -> list[Row]:
 
 def _row(result: Result, best: Result | None, one_thread: Result | None, machine: Machine) -> Row:
     case, rate = result.case, machine.rates[result.case.dtype]
+    has_floor = case.floor_passes > 0
     threads = result.provider.threads or machine.threads
     is_engine = result.provider.is_cpu_engine
-    peak = machine.peaks.get((case.dtype, threads)) if is_engine else None
+    peak = machine.peaks.get((case.dtype, threads)) if is_engine and has_floor else None
     scales = one_thread is not None and result.provider.name == CPU_ENGINE
     timing = summarize_times(result.times_ms) if result.times_ms else None
     floor_ms = case.floor_flops / rate.flops * 1e3
@@ -139,7 +140,7 @@ def _row(result: Result, best: Result | None, one_thread: Result | None, machine
         gemm_gflops=_rounded(rate.flops / 1e9),
         gemm_library=rate.library,
         floor_ms=_rounded(floor_ms),
-        fraction_of_floor=_rounded(floor_ms / timing.median_ms) if timing else None,
+        fraction_of_floor=_rounded(floor_ms / timing.median_ms) if timing and has_floor else None,
         peak_gflops=_rounded(peak and peak / 1e9),
         fraction_of_peak=_rounded(case.floor_flops / peak / (timing.median_ms / 1e3)) if peak and timing else None,
     )
@@ -173,9 +174,10 @@ def format_case(rows: Sequence[Row]) -> str:
     """One case's block of the terminal's table, fastest first, those without a time last."""
     first = rows[0]
     title = f"{first.loss}  {first.pairs:,} pairs  dim {first.dim}  {first.dtype}"
-    floor = (
-        f"floor {first.floor_passes:g} passes: {first.floor_ms:,.3g} ms at torch.mm's {first.gemm_gflops:,.0f} GFLOP/s"
-    )
+    floor = "no floor"
+    if first.floor_passes:
+        rate = f"{first.gemm_gflops:,.0f} GFLOP/s"
+        floor = f"floor {first.floor_passes:g} passes: {first.floor_ms:,.3g} ms at torch.mm's {rate}"
     if (peak := max((row.peak_gflops or 0 for row in rows), default=0)) > 0:
         floor += f", {first.floor_ms * first.gemm_gflops / peak:,.3g} ms at the peak of {peak:,.0f}"
     if len(reasons := {(row.status, row.reason) for row in rows}) == 1 and first.median_ms is None:

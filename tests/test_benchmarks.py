@@ -11,13 +11,13 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import gradcache, measure, peak_table, status
-from benchmarks.cases import SUITES, Case, suite
+from benchmarks.cases import PEAK, SUITES, USUAL, Case, suite
 from benchmarks.measure import GemmRate
 from benchmarks.providers import CPU_ENGINE, CPU_ENGINE_ON_ONE_THREAD, find, providers
 from benchmarks.report import COLUMNS, Machine, Row, format_case, make_rows, read_csv, write_csv
 from benchmarks.runner import Limits, Result, Runner, describe_red_gate
 from fastcl.backends import cpu
-from tests.cases import LOSSES
+from tests.losses import LOSSES, Loss
 
 SMALL = Case("nt_xent", 48, 16)
 MACHINE = Machine(
@@ -110,11 +110,13 @@ def test_cubic_peer_runs_at_tiny_sizes_only() -> None:
     assert any(peer.offers(case) and peer.too_large(case) is None for case in suite("cpu", quick=True))
 
 
-def test_what_is_measured_is_tested() -> None:
-    for device in ("cpu", "cuda"):
-        for quick in (True, False):
-            measured = {case.loss for case in suite(device, quick=quick)}
-            assert {"nt_xent", "info_nce", "clip"} <= measured <= {loss.name for loss in LOSSES}
+def test_suite_of_the_usual() -> None:
+    """A quick run on a GPU has a minute, of which each case gets its share: it has no more than two dozen."""
+    for device, most in (("cpu", 8), ("cuda", 16)):
+        assert {case.loss for case in suite(device, quick=False)} == set(USUAL)
+        quick = suite(device, quick=True)
+        assert len(set(quick)) == len(quick) == most
+        assert [case.loss for case in quick[: len(USUAL)]] == list(USUAL)
 
 
 def test_suite_of_the_peak() -> None:
@@ -122,8 +124,26 @@ def test_suite_of_the_peak() -> None:
     assert {case.rows for case in cases} == {4096, 8192, 16384, 32768}
     assert {case.dim for case in cases} == {128, 256, 512, 1024}
     assert {case.dtype for case in cases} == {"float32", "bfloat16"}
-    assert len(set(cases)) == len(cases) == 32 * len({case.loss for case in cases})
+    assert len(set(cases)) == len(cases) == 32 * len(PEAK)
+    assert [Case(loss, 1, 1).floor_passes for loss in PEAK] == [2, 3, 4]
     assert set(suite("cpu", "peak", quick=True)) < set(cases)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suite_of_the_family(device: str) -> None:
+    for quick in (True, False):
+        cases = suite(device, "family", quick=quick)
+        assert [case.loss for case in cases] == [loss.name for loss in LOSSES]
+        assert len({(case.pairs, case.dim, case.dtype) for case in cases}) == 1
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_similarity_matrix_of_a_case(loss: Loss) -> None:
+    """Its shape is that of the inputs: all views against each other, or queries against keys."""
+    case = Case(loss.name, 6, 2)
+    lengths = [len(x) for x in case.inputs("cpu")[0]]
+    assert case.rows == (sum(lengths) if loss.symmetric else lengths[0])
+    assert case.columns == max(case.rows, *lengths)
 
 
 def test_suite_of_small_batches() -> None:

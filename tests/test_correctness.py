@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
+from fastcl import panels
+from fastcl.backends import tiled
 from tests.cases import (
     DTYPES,
-    LOSSES,
     TOLERANCE,
-    Loss,
     available_backends,
+    backends_of,
+    each_loss_and_backend,
     make_features,
+    refusal,
     relative_error,
-    require,
     shapes_of,
     value_and_gradients,
 )
+from tests.losses import LOSSES, Loss
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture(autouse=True)
+def _several_tiles_and_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of plain PyTorch, the last ones ragged, at the largest shape that it is given."""
+    monkeypatch.setattr(tiled, "_TILE_ON_CPU", 128)
+    monkeypatch.setattr(panels, "_PANEL_ON_CPU", 40 * 129)
+    monkeypatch.setattr(panels, "_FEWEST_ROWS", 16)
+
 
 Computed = tuple[torch.Tensor, list[torch.Tensor]]
 """A value and its gradients with respect to features and temperature."""
 
 
 def check_against_float64(
-    loss: Loss, pairs: int, dim: int, dtype: torch.dtype, backend: str, tau: float = 0.1, device: str = "cpu"
+    loss: Loss, pairs: int, dim: int, dtype: torch.dtype, backend: str | None, tau: float = 0.1, device: str = "cpu"
 ) -> None:
     """Value and all gradients are within the error of the dense formula in the same dtype, plus TOLERANCE."""
-    require(loss, backend)
     features = make_features(loss, pairs, dim, dtype, device)
     wide = [x.detach().double().requires_grad_() for x in features]
     temperature = torch.tensor(tau, device=device, requires_grad=True)
@@ -68,36 +81,35 @@ def compare(loss: Loss, dtype: torch.dtype, tau: float, got: Computed, exact: Co
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
 
 
-def supported(dtype: torch.dtype, backend: str) -> bool:
-    return dtype is not torch.float64 or backend in ("dense", "tiled")
+def supported(dtype: torch.dtype, backend: str | None) -> bool:
+    return dtype is not torch.float64 or backend in ("dense", "tiled", None)
 
 
 CASES = [
-    pytest.param(loss, *shape, dtype, backend, id=f"{loss.name}-{shape[0]}x{shape[1]}-{str(dtype)[6:]}-{backend}")
+    pytest.param(
+        loss, *shape, dtype, backend, id=f"{loss.name}-{shape[0]}x{shape[1]}-{str(dtype)[6:]}-{backend or 'own'}"
+    )
     for loss in LOSSES
-    for shape in shapes_of(loss)
+    for backend in backends_of(loss)
+    for shape in shapes_of(loss, backend)
     for dtype in DTYPES
-    for backend in available_backends()
     if supported(dtype, backend)
 ]
 
 
 @pytest.mark.parametrize(("loss", "pairs", "dim", "dtype", "backend"), CASES)
-def test_agrees_with_float64(loss: Loss, pairs: int, dim: int, dtype: torch.dtype, backend: str) -> None:
+def test_agrees_with_float64(loss: Loss, pairs: int, dim: int, dtype: torch.dtype, backend: str | None) -> None:
     check_against_float64(loss, pairs, dim, dtype, backend)
 
 
-@pytest.mark.parametrize("backend", available_backends())
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@each_loss_and_backend()
 @pytest.mark.parametrize("tau", [0.01, 1.0])
-def test_agrees_at_extreme_temperatures(loss: Loss, backend: str, tau: float) -> None:
+def test_agrees_at_extreme_temperatures(loss: Loss, backend: str | None, tau: float) -> None:
     check_against_float64(loss, 200, 24, torch.float32, backend, tau)
 
 
-@pytest.mark.parametrize("backend", available_backends())
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_strided_features(loss: Loss, backend: str) -> None:
-    require(loss, backend)
+@each_loss_and_backend()
+def test_strided_features(loss: Loss, backend: str | None) -> None:
     features = [x.detach() for x in make_features(loss, 70, 21, torch.float32)]
     transposed = [x.T.contiguous().T for x in features]
     spread = [torch.stack((x, x.flip(0)), dim=2).flatten(1)[:, ::2] for x in features]
@@ -110,15 +122,22 @@ def test_strided_features(loss: Loss, backend: str) -> None:
             torch.testing.assert_close(others, gradients)
 
 
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_a_backend_computes_a_loss_or_says_why_not(loss: Loss) -> None:
+    why_not = "plain PyTorch computes over panels of S|the loss is plain PyTorch|no backend tiles"
+    for backend in (*available_backends(), None):
+        reason = refusal(loss, backend)
+        assert (reason is None) == (backend is None or backend in loss.backends), reason
+        assert reason is None or re.search(why_not, reason)
+
+
 def differentiate(loss: Loss, features: list[torch.Tensor], options: dict[str, str]) -> Computed:
     inputs = [x.detach().requires_grad_() for x in features]
     return value_and_gradients(lambda: loss.call(inputs, 0.2, **options), inputs)
 
 
-@pytest.mark.parametrize("backend", available_backends())
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_same_bits_every_time(loss: Loss, backend: str) -> None:
-    require(loss, backend)
+@each_loss_and_backend()
+def test_same_bits_every_time(loss: Loss, backend: str | None) -> None:
     features = make_features(loss, 530, 48, torch.float32)
     for options in ({"backend": backend}, {"backend": backend, "reduction": "mean"}):
         runs = [value_and_gradients(lambda o=options: loss.call(features, 0.1, **o), features) for _ in range(3)]

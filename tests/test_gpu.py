@@ -1,7 +1,8 @@
-"""On a GPU: every loss, dtype and ragged shape of the table on every backend there, and more than 2**31 elements."""
+"""On a GPU: every loss of the table on every backend there, at ragged shapes, and more than 2**31 elements."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,15 +15,15 @@ from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.terms import LossAndGradients, Needs, Plan
 from tests.cases import (
     DTYPES,
-    LOSSES,
-    SHAPES,
-    Loss,
     available_backends,
     make_features,
     relative_error,
+    require,
+    shapes_of,
     value_and_gradients,
 )
-from tests.test_correctness import check_against_float64, supported
+from tests.losses import LOSSES, Loss
+from tests.test_correctness import check_against_float64
 from tests.test_one_sweep import ALONG_ROWS, NO_POSITIVE, found_gradients, judge, make
 
 pytestmark = pytest.mark.gpu
@@ -36,26 +37,38 @@ def _full_precision_float32() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("backend", ON_GPU)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def cases() -> Iterator[object]:
+    """An engine in each of its dtypes at the shapes of ``cases.py``; what is plain PyTorch at one."""
+    for loss in LOSSES:
+        for backend in (name for name in loss.backends if name in ON_GPU):
+            is_engine = backend in ENGINES
+            for shape in shapes_of(loss, backend) if is_engine else ((129, 65),):
+                for dtype in DTYPES[1:] if is_engine else (torch.float32, torch.bfloat16):
+                    name = f"{loss.name}-{shape[0]}x{shape[1]}-{str(dtype)[6:]}-{backend}"
+                    yield pytest.param(loss, shape, dtype, backend, id=name)
+
+
+@pytest.mark.parametrize(("loss", "shape", "dtype", "backend"), cases())
 def test_agrees_with_float64(loss: Loss, shape: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
-    if not supported(dtype, backend):
-        pytest.skip(f"{backend} leaves float64 to tiled")
+    require(loss, backend, "cuda")
     check_against_float64(loss, *shape, dtype, backend, device="cuda")
 
 
-@pytest.mark.parametrize("backend", ON_GPU)
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+ON_ENGINES = [loss for loss in LOSSES if "triton" in loss.backends]
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("loss", ON_ENGINES, ids=lambda loss: loss.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 def test_larger_and_colder(loss: Loss, dtype: torch.dtype, backend: str) -> None:
+    require(loss, backend, "cuda")
     check_against_float64(loss, 3001, 200, dtype, backend, tau=0.01, device="cuda")
 
 
 @pytest.mark.parametrize("backend", ENGINES)
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@pytest.mark.parametrize("loss", ON_ENGINES, ids=lambda loss: loss.name)
 def test_same_bits_every_time(loss: Loss, backend: str) -> None:
+    require(loss, backend, "cuda")
     features = make_features(loss, 2050, 96, torch.bfloat16, "cuda")
     runs = [value_and_gradients(lambda: loss.call(features, 0.1, backend=backend), features) for _ in range(3)]
     for value, gradients in runs[1:]:

@@ -1,97 +1,21 @@
-"""GradCache against the same step without a cache: each chunk's graph is kept, so that both draw the same masks."""
+"""GradCache against the same step without a cache."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import warnings
 import weakref
-from collections import UserDict
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import fastcl
-from benchmarks.peers import import_peer
 from fastcl import replay
-from fastcl.losses.clip import reference as clip_reference
-from fastcl.trees import map_leaves, tensors_of
-
-ROWS, CHUNK = 23, 5
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
-
-
-class Encoder(nn.Module):
-    """Two layers with dropout between them, in float64."""
-
-    def __init__(self, width: int, dropout: float = 0.3) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 16), nn.GELU(), nn.Dropout(dropout), nn.LayerNorm(16), nn.Linear(16, 8)
-        ).double()
-
-    def forward(self, x: Tensor, factor: float | Tensor = 1.0) -> Tensor:
-        return factor * self.layers(x)
-
-
-def uncached(encoder: Callable[..., Any], chunk_size: int = CHUNK) -> Callable[..., Any]:
-    """The judge: an encoder of plain tensors applied chunk by chunk, all graphs kept."""
-
-    def encode(*args: Any, **kwargs: Any) -> Any:
-        rows = max(len(x) for x in tensors_of((args, kwargs)) if x.dim())
-        parts = []
-        for begin in range(0, rows, chunk_size):
-            cut = functools.partial(_cut, begin, begin + chunk_size)
-            chunk, named = map_leaves(cut, (args, kwargs))
-            parts.append(encoder(*chunk, **named))
-        if isinstance(parts[0], Tensor):
-            return torch.cat(parts)
-        joined = iter([torch.cat(x) if x[0].dim() else x[0] for x in zip(*map(tensors_of, parts), strict=True)])
-        return map_leaves(lambda _: next(joined), parts[0])
-
-    return encode
-
-
-def _cut(begin: int, end: int, x: Any) -> Any:
-    return x[begin:end] if isinstance(x, Tensor) and x.dim() else x
-
-
-def gradients(step: Callable[[], Any], *owners: nn.Module | Tensor) -> tuple[Any, list[Tensor | None]]:
-    """What ``step`` returns, and the gradients that it leaves, from one state of the random numbers."""
-    parameters = [p for owner in owners for p in (owner.parameters() if isinstance(owner, nn.Module) else [owner])]
-    for parameter in parameters:
-        parameter.grad = None
-    torch.manual_seed(1)
-    value = step()
-    return value, [parameter.grad for parameter in parameters]
-
-
-def assert_same(found: tuple[Any, list], expected: tuple[Any, list]) -> None:
-    torch.testing.assert_close(found[0], expected[0].detach(), **EXACT)
-    for x, y in zip(found[1], expected[1], strict=True):
-        assert (x is None) == (y is None)
-        if y is not None:
-            assert y.abs().max() > 0
-            torch.testing.assert_close(x, y, **EXACT)
-
-
-def backward(loss: Tensor) -> Tensor:
-    loss.backward()
-    return loss
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
-
-
-def clip(image: Tensor, text: Tensor) -> Tensor:
-    return clip_reference(image, text, 3.0, normalize=True).mean()
+from tests.chunks import CHUNK, ROWS, Encoder, assert_same, backward, clip, draw, gradients, uncached
 
 
 @pytest.mark.parametrize("chunk_size", [1, CHUNK, ROWS, 100, (4, 7)], ids=str)
@@ -166,130 +90,6 @@ def test_more_inputs_and_arguments_of_the_loss() -> None:
     judge = gradients(lambda: backward(loss(uncached(query)(x), uncached(key)(z), target=target)), query, key)
     step = fastcl.GradCache([query, key], loss, chunk_size=CHUNK)
     assert_same(gradients(lambda: step(x, z, target=target), query, key), judge)
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    embedding: Tensor
-    ids: Tensor
-    unused: Tensor | None = None
-
-
-class Pair(NamedTuple):
-    first: Tensor
-    second: Tensor
-
-
-def as_output(kind: str, z: Tensor) -> Any:
-    ids = torch.arange(len(z))
-    return {
-        "tuple": lambda: (z, z.square()),
-        "named tuple": lambda: Pair(z, z.square()),
-        "dict": lambda: {"embedding": z, "ids": ids, "name": "a string"},
-        "dataclass": lambda: Output(z, ids),
-        "nested": lambda: {"all": [z, (z.square(), None)]},
-    }[kind]()
-
-
-def embedding_of(output: Any) -> Tensor:
-    if isinstance(output, Mapping):
-        return output["embedding"] if "embedding" in output else output["all"][0] + output["all"][1][0]
-    return output.embedding if isinstance(output, Output) else output[0] + output[1]
-
-
-@pytest.mark.parametrize("kind", ["tuple", "named tuple", "dict", "dataclass", "nested"])
-def test_structured_outputs(kind: str) -> None:
-    image, x, y = Encoder(6), draw(ROWS, 6), draw(ROWS, 8)
-
-    def encoder(x: Tensor) -> Any:
-        return as_output(kind, image(x))
-
-    types = []
-
-    def loss(output: Any) -> Tensor:
-        types.append(type(output))
-        return clip(embedding_of(output), y)
-
-    judge = gradients(lambda: backward(clip(embedding_of(as_output(kind, uncached(image)(x))), y)), image)
-    assert_same(gradients(lambda: fastcl.GradCache([encoder], loss, chunk_size=CHUNK)(x), image), judge)
-    assert types == [type(as_output(kind, x))]
-
-
-class BatchEncoding(UserDict):
-    """What a Hugging Face tokenizer returns, as far as anyone here can tell."""
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda x, factor: (x, factor),
-        lambda x, factor: {"x": x, "factor": factor},
-        lambda x, factor: BatchEncoding(x=x, factor=factor),
-    ],
-    ids=["tuple", "dict", "BatchEncoding"],
-)
-@pytest.mark.parametrize("factor", [2.0, torch.tensor(2.0), torch.rand(ROWS, 1)], ids=["float", "0-d", "batched"])
-def test_structured_inputs(wrap: Callable[..., Any], factor: float | Tensor) -> None:
-    image, x, y = Encoder(6), draw(ROWS, 6), draw(ROWS, 8)
-    judge = gradients(lambda: backward(clip(uncached(image)(x, factor), y)), image)
-    step = fastcl.GradCache([image], lambda z: clip(z, y), chunk_size=CHUNK)
-    assert_same(gradients(lambda: step(wrap(x, factor)), image), judge)
-
-
-def test_hugging_face() -> None:
-    """A BERT with dropout: its tokenizer's BatchEncoding in, its ModelOutput out."""
-    pytest.importorskip("transformers", reason="needs transformers")
-    bert = import_peer("transformers.models.bert.modeling_bert")
-    batch_encoding = import_peer("transformers.tokenization_utils_base").BatchEncoding
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    model = bert.BertModel(bert.BertConfig(vocab_size=50, **sizes)).double().train()
-    tokens, y = torch.randint(50, (ROWS, 7)), draw(ROWS, 16)
-    mask = (torch.arange(7) < torch.randint(2, 8, (ROWS, 1))).long()
-    batch = batch_encoding({"input_ids": tokens, "attention_mask": mask})
-
-    def loss(output: Any) -> Tensor:
-        assert type(output).__name__ == "BaseModelOutputWithPoolingAndCrossAttentions"
-        return clip(output.pooler_output, y)
-
-    def pooled(**batch: Tensor) -> Tensor:
-        return model(**batch).pooler_output
-
-    judge = gradients(lambda: backward(clip(uncached(pooled)(**batch), y)), model)
-    assert_same(gradients(lambda: fastcl.GradCache([model], loss, chunk_size=CHUNK)(batch), model), judge)
-
-
-def test_rows_of_several_lengths() -> None:
-    """A list is a batch: here sequences that the encoder pads, each chunk to its own longest."""
-    image, y = Encoder(6), draw(ROWS, 8)
-    sequences = [draw(1 + i % 4, 6) for i in range(ROWS)]
-
-    def encoder(sequences: list[Tensor]) -> Tensor:
-        return pad_sequence(sequences, batch_first=True).sum(dim=1)
-
-    pooled = torch.stack([x.sum(dim=0) for x in sequences])
-    judge = gradients(lambda: backward(clip(uncached(image)(pooled), y)), image)
-    step = fastcl.GradCache([lambda x: image(encoder(x))], lambda z: clip(z, y), chunk_size=CHUNK)
-    assert_same(gradients(lambda: step(sequences), image), judge)
-    for rows in (3, 8):
-        judge = gradients(lambda: backward(clip(uncached(image)(pooled[:rows]), y[:rows])), image)  # noqa: B023
-        step = fastcl.GradCache([lambda x: image(encoder(x))], lambda z: clip(z, y[: len(z)]), chunk_size=CHUNK)
-        assert_same(gradients(lambda: step(sequences[:rows]), image), judge)  # noqa: B023
-
-
-def test_a_scalar_beside_the_features() -> None:
-    """As open_clip's models return it: both features, and the scale."""
-    image, text, x, y = Encoder(6), Encoder(9), draw(ROWS, 6), draw(ROWS, 9)
-    log_scale = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
-
-    def model(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        return normalize(image(x)), normalize(text(y)), log_scale.exp()
-
-    judge = gradients(lambda: backward(fastcl.clip_loss(*uncached(model)(x, y))), image, text, log_scale)
-    step = fastcl.GradCache([model], lambda output: fastcl.clip_loss(*output), chunk_size=CHUNK)
-    assert_same(gradients(lambda: step((x, y)), image, text, log_scale), judge)
-
-    with pytest.raises(ValueError, match="0-d tensor that differs from chunk to chunk"):
-        fastcl.GradCache([lambda x: (image(x), x.sum())], lambda output: output[0].sum(), chunk_size=CHUNK)(x)
 
 
 def test_inputs_that_require_grad() -> None:
@@ -494,85 +294,3 @@ def test_batch_norm_is_warned_of_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(x)
-
-
-X, ONE = draw(6, 4), nn.Linear(4, 3).double()
-FROZEN = nn.Linear(4, 3).double().requires_grad_(False)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: fastcl.GradCache([ONE], clip, chunk_size=0), ValueError, "chunk_size must be at least 1, got 0"),
-        (lambda: fastcl.GradCache([ONE], clip, chunk_size=(-1,)), ValueError, "chunk_size must be at least 1, got -1"),
-        (lambda: fastcl.GradCache([ONE], clip, chunk_size=(1.5,)), TypeError, "chunk_size must be an integer, got 1.5"),
-        (lambda: fastcl.GradCache([ONE], clip, chunk_size=2.0), TypeError, "chunk_size must be an integer, got 2.0"),
-        (lambda: fastcl.GradCache([ONE], clip, chunk_size=(1, 2)), ValueError, "one for each of 1 encoders"),
-        (lambda: fastcl.GradCache(ONE, clip, chunk_size=1), TypeError, "encoders must be a sequence of callables"),
-        (lambda: fastcl.GradCache([], clip, chunk_size=1), TypeError, "encoders must be a sequence of callables"),
-        (lambda: fastcl.GradCache([ONE], None, chunk_size=1), TypeError, "loss must be callable, got None"),
-        (lambda: fastcl.cached(3, chunk_size=1), TypeError, "encoder must be callable, got 3"),
-        (lambda: fastcl.cached(ONE, chunk_size=0), ValueError, "chunk_size must be at least 1, got 0"),
-        (lambda: step(torch.sum)(X, X), ValueError, "inputs must be one for each of 1 encoders, got 2"),
-        (lambda: step(torch.sum)((X, X[:5])), ValueError, r"encoders\[0\] must be given inputs of one batch size"),
-        (lambda: step(clip_loss, ONE, ONE)(X, X[:5]), ValueError, r"the same shape, got \(6, 3\) and \(5, 3\)"),
-        (lambda: step(torch.sum)(X[:0]), ValueError, "at least one row, got an empty batch"),
-        (lambda: step(torch.sum)(3.0), ValueError, "one row for each sample, got none"),
-        (lambda: step(torch.sum)([X[0].requires_grad_()]), ValueError, "list with a tensor that requires grad"),
-        (lambda: step(lambda z: z.sum(dim=1))(X), ValueError, r"loss must return a 0-d tensor, got shape \(6,\)"),
-        (lambda: step(lambda z: {"loss": z.sum()})(X), TypeError, "loss must return a 0-d tensor, got dict"),
-        (lambda: step(torch.sum, FROZEN)(X), ValueError, "nothing to train"),
-        (lambda: step(lambda a, b: a.sum(), ONE, ONE)(X, X), ValueError, r"every encoder, encoders\[1\] get"),
-        (lambda: step(lambda a, b: b.sum() + a.detach().sum(), ONE, ONE)(X, X), ValueError, r"encoders\[0\] get"),
-        (lambda: step(lambda a: a.detach().sum() * GAIN, ONE)(X), ValueError, r"encoders\[0\] get no gradient"),
-        (lambda: step(lambda a, b: Deaf.apply(a, b), ONE, ONE)(X, X), ValueError, r"encoders\[1\] got no gradient"),
-        (lambda: step(torch.sum, lambda x: x.sum(dim=0))(X), ValueError, "one row for each row of a chunk"),
-        (lambda: no_grad_step(), ValueError, "a step needs gradients"),
-    ],
-)
-def test_bad_use_raises(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    before = [None if p.grad is None else p.grad.clone() for p in ONE.parameters()]
-    with pytest.raises(error, match=message):
-        call()
-    torch.testing.assert_close([p.grad for p in ONE.parameters()], before)
-
-
-GAIN = torch.ones((), dtype=torch.float64, requires_grad=True)
-clip_loss = functools.partial(fastcl.clip_loss, logit_scale=1.0)
-
-
-def step(loss: Callable[..., Tensor], *encoders: Callable[..., Any]) -> fastcl.GradCache:
-    return fastcl.GradCache(encoders or [ONE], loss, chunk_size=2)
-
-
-def no_grad_step() -> Tensor:
-    with torch.no_grad():
-        return step(torch.sum)(X)
-
-
-class Deaf(torch.autograd.Function):
-    """Gives one input no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        return a.sum() + b.sum()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient.expand(6, 3), None
-
-
-def test_batch_changed_before_its_replay() -> None:
-    x = X.clone()
-    loss = step(torch.sum).loss(x)
-    x.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_second_derivative_raises() -> None:
-    x = X.clone().requires_grad_()
-    loss = step(lambda z: z.square().sum()).loss(x)
-    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()

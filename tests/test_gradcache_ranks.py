@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcl
 from fastcl.losses.clip import reference
-from tests.test_gradcache import CHUNK, EXACT, Encoder, uncached
+from tests.chunks import CHUNK, EXACT, Encoder, uncached
 
 RANKS = 2
 ROWS = (23, 17)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks.measure import gradient_step, peak_memory
-from tests.cases import LOSSES, Loss, available_backends, make_features, require
+from tests.cases import each_loss_and_backend, make_features
+from tests.losses import LOSSES, Loss
 
 PAIRS = 8192
 M_MMAP_THRESHOLD = -3
@@ -26,10 +27,8 @@ def _freed_memory_is_returned() -> Iterator[None]:
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 25)
 
 
-@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "dense"])
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_memory_stays_far_below_the_logits(loss: Loss, backend: str) -> None:
-    require(loss, backend)
+@each_loss_and_backend(without=("dense",))
+def test_memory_stays_far_below_the_logits(loss: Loss, backend: str | None) -> None:
     features = make_features(loss, PAIRS // len(loss.features) if loss.symmetric else PAIRS, 8, torch.float32)
     step = gradient_step(lambda *inputs: loss.call(inputs, 0.1, backend=backend, reduction="mean"), features)
     step()

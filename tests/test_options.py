@@ -16,7 +16,8 @@ from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.multiple_negatives import DIRECTIONS as EVERY_DIRECTION
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
-from tests.cases import LOSSES, Loss, make_features, refusal, require
+from tests.cases import make_features, refusal, require
+from tests.losses import LOSSES, Loss
 
 X, Y = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(2)).unbind()
 BACKENDS = pytest.mark.parametrize("backend", ["dense", "tiled", "cpu"])

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastcl import engine, panels
 from fastcl.backends import tiled
 from fastcl.terms import Needs, Operands, Plan, Statistics
-from tests.cases import LOSSES, Loss, make_features
+from tests.cases import make_features
+from tests.losses import LOSSES, Loss
 
-TILES = 16
+TILES = 6
 DIM = 4
 
 

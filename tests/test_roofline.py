@@ -17,7 +17,7 @@ from benchmarks.devices import DEVICES, Device
 from benchmarks.report import COLUMNS
 from benchmarks.roofline import PASSES, TERMS, predict, predicted_seconds
 from fastcl import tuning
-from tests.cases import LOSSES
+from tests.losses import LOSSES
 
 H200 = DEVICES["h200"]
 CLIP = Case("clip", 8192, 512, "bfloat16")

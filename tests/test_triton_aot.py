@@ -200,6 +200,7 @@ def default_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, Any], t
                 yield precision, kernel, kernel_constants, config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", sorted(SHARED_MEMORY.keys() - {89}))
 def test_default_configurations_fit(capability: int, tmp_path: Path, record_property: Any) -> None:
     """All are compiled before any is judged, so that a failure shows every one that doesn't fit.

@@ -139,6 +139,7 @@ def check(plan: Plan, operands: Operands, tolerance: float = 5e-6, gradient_tole
             assert relative_error(x, y) <= gradient_tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the process it would start is this one")
 @pytest.mark.parametrize("name", ["interpreter", "masks", "panels", "sigmoid", "launches"])
 def test_cases_in_the_interpreter(name: str) -> None:

@@ -10,8 +10,13 @@
 
 namespace fastcl::cpu {
 
+// What is about threads is the same at every level: the thread sanitizer's build has one.
+#if defined(__x86_64__) && !defined(FASTCL_BASELINE_ONLY)
+#define FASTCL_X86_LEVELS
+#endif
+
 extern const Level level_baseline;
-#ifdef __x86_64__
+#ifdef FASTCL_X86_LEVELS
 extern const Level level_avx2;
 extern const Level level_avx512;
 extern const Level level_avx512_bf16;
@@ -21,7 +26,7 @@ namespace {
 
 std::vector<const Level*> supported_levels() {
   std::vector<const Level*> levels{&level_baseline};
-#ifdef __x86_64__
+#ifdef FASTCL_X86_LEVELS
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
