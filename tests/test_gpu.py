@@ -48,7 +48,7 @@ def cases() -> Iterator[object]:
                     yield pytest.param(loss, shape, dtype, backend, id=name)
 
 
-@pytest.mark.parametrize(("loss", "shape", "dtype", "backend"), cases())
+@pytest.mark.parametrize(("loss", "shape", "dtype", "backend"), list(cases()))
 def test_agrees_with_float64(loss: Loss, shape: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
     require(loss, backend, "cuda")
     check_against_float64(loss, *shape, dtype, backend, device="cuda")
