@@ -14,10 +14,6 @@ constexpr int kMostSuperTiles = 32;
 // Indices of rows and columns are 32 bits wide, also one tile beyond the last; whatever they are multiplied by is 64.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 1 - kTile;
 
-FASTCL_HOST_DEVICE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-FASTCL_HOST_DEVICE int smaller(int x, int y) { return x < y ? x : y; }
-FASTCL_HOST_DEVICE int larger(int x, int y) { return x > y ? x : y; }
-
 // The super-tiles of one axis.
 struct SuperAxis {
   int count;  // rows or columns

@@ -25,20 +25,28 @@ void check(bool right, const char* what) {
 }
 
 // Every number of a tile has one thread, and every sum of a warp's rows or columns one lane.
+template <class Fragments>
 void fragment_maps() {
   std::set<std::pair<int, int>> pairs, row_sums, column_sums;
-  for (int thread = 0; thread < kThreads; ++thread) {
-    for (int u = 0; u < kOwn; ++u) {
-      for (int v = 0; v < kOwn; ++v) pairs.insert({own_row(thread, u), own_column(thread, v)});
+  for (int thread = 0; thread < Fragments::kThreads; ++thread) {
+    for (int u = 0; u < Fragments::kRows; ++u) {
+      for (int v = 0; v < Fragments::kColumns; ++v) {
+        pairs.insert({Fragments::row(thread, u), Fragments::column(thread, v)});
+      }
     }
-    const int lane = lane_of(thread);
-    for (int k = 0; k < 2; ++k) row_sums.insert({warp_across(thread), own_row(thread, row_after_sum(lane) + k)});
-    check(own_row(thread, row_after_sum(lane) + 1) == own_row(thread, row_after_sum(lane)) + 8, "the second row's sum");
-    column_sums.insert({warp_down(thread), own_column(thread, column_after_sum(lane))});
+    const int row = row_after_sum<Fragments>(lane_of(thread)), column = column_after_sum<Fragments>(lane_of(thread));
+    for (int k = 0; k < Fragments::kRows / 4; ++k) {
+      row_sums.insert({Fragments::across(thread), Fragments::row(thread, row + k)});
+    }
+    for (int k = 0; k < Fragments::kColumns / 8; ++k) {
+      column_sums.insert({Fragments::down(thread), Fragments::column(thread, column + k)});
+    }
   }
-  check(pairs.size() == kTile * kTile && pairs.rbegin()->first == kTile - 1, "one thread for each pair of a tile");
-  check(row_sums.size() == kWarpsAcross * kTile, "one lane for each row's sum");
-  check(column_sums.size() == kWarpsDown * kTile, "one lane for each column's sum");
+  constexpr int kPairs = Fragments::kThreads * Fragments::kRows * Fragments::kColumns;
+  check(kPairs == kTile * kTile && pairs.size() == kPairs && pairs.rbegin()->first == kTile - 1,
+        "one thread for each pair of a tile");
+  check(row_sums.size() == Fragments::kWarpsAcross * kTile, "one lane for each row's sum");
+  check(column_sums.size() == Fragments::kWarpsDown * kTile, "one lane for each column's sum");
 }
 
 // How often the lanes' accesses of `bytes` meet one of the 32 banks, beyond what their number makes unavoidable.
@@ -80,6 +88,7 @@ void operand_layout() {
   }
 }
 
+template <class Fragments>
 void staged_layout() {
   for (int bytes : {2, 4}) {
     std::set<int> offsets;
@@ -87,13 +96,13 @@ void staged_layout() {
       for (int column = 0; column < kTile; ++column) offsets.insert(staged_offset(row, column, bytes));
     }
     check(offsets.size() == kTile * kTile && *offsets.rbegin() == (kTile * kTile - 1) * bytes, "staged layout");
-    for (int v = 0; v < kOwn; v += 2) {
+    for (int v = 0; v < Fragments::kColumns; v += 2) {
       // Accesses of 8 bytes are made by half a warp at a time.
       const int lanes = kLanes * 2 / bytes;
       for (int first = 0; first < kLanes; first += lanes) {
         std::vector<int> written;
         for (int lane = first; lane < first + lanes; ++lane) {
-          written.push_back(staged_offset(own_row(lane, 0), own_column(lane, v), bytes));
+          written.push_back(staged_offset(Fragments::row(lane, 0), Fragments::column(lane, v), bytes));
         }
         check(conflicts(written, 2 * bytes) == 0, "the staged tile is written with conflicts");
       }
@@ -213,6 +222,41 @@ void addresses() {
   check(triangle.row_partials == int64_t{4} * 17 * 4097 && triangle.column_partials == 0, "a triangle's workspace");
 }
 
+// Whether a part of a thread's pairs, from row u and column v on, is what the definition says.
+template <class Fragments, int kRows, int kColumns>
+void counted_part(const PairTerm& term, const TilePairs& tile, bool turned, int thread, int u0, int v0) {
+  const auto set = counted_pairs<Fragments, kRows, kColumns>(term, tile, turned, thread, u0, v0);
+  for (int u = 0; u < kRows; ++u) {
+    for (int v = 0; v < kColumns; ++v) {
+      const int row = Fragments::row(thread, u0 + u), column = Fragments::column(thread, v0 + v);
+      const int i = turned ? tile.j0 + column : tile.i0 + row;
+      const int j = turned ? tile.i0 + row : tile.j0 + column;
+      const int target = turned ? tile.column_targets[column] : tile.row_targets[row];
+      const bool want = i < tile.shape.rows && j < tile.shape.columns &&
+                        !(term.self_pair == Test::kForbidden && j == i + tile.shape.self_offset) &&
+                        !(term.target == Test::kForbidden && j == target) &&
+                        !(term.target == Test::kRequired && j != target);
+      check(set.has(u, v) == want, "whether a pair counts");
+    }
+  }
+}
+
+template <class Fragments>
+void counted(const PairTerm& term, const TilePairs& tile) {
+  constexpr int kRows = Fragments::kRows, kColumns = Fragments::kColumns;
+  constexpr int kPartRows = Fragments::kPartRows, kPartColumns = Fragments::kPartColumns;
+  for (int thread = 0; thread < Fragments::kThreads; thread += 7) {
+    for (bool turned : {false, true}) {
+      counted_part<Fragments, kRows, kColumns>(term, tile, turned, thread, 0, 0);
+      for (int u = 0; u < kRows; u += kPartRows) {
+        for (int v = 0; v < kColumns; v += kPartColumns) {
+          counted_part<Fragments, kPartRows, kPartColumns>(term, tile, turned, thread, u, v);
+        }
+      }
+    }
+  }
+}
+
 void masks() {
   const Shape shape{300, 260, -35};
   std::vector<int> row_targets(kTile), column_targets(kTile);
@@ -230,24 +274,7 @@ void masks() {
       for (const PairTerm term : {PairTerm{Reduce::kSum, Test::kForbidden, Test::kAbsent},
                                   PairTerm{Reduce::kSum, Test::kAbsent, Test::kRequired},
                                   PairTerm{Reduce::kSum, Test::kForbidden, Test::kForbidden}}) {
-        for (int thread = 0; thread < kThreads; thread += 7) {
-          for (bool turned : {false, true}) {
-            const uint64_t bits = counted_pairs<kOwn>(term, tile, turned, thread, 0);
-            for (int u = 0; u < kOwn; ++u) {
-              check(counted_pairs<2>(term, tile, turned, thread, u & ~1) == (bits >> (u & ~1) * kOwn & 0xffff), "part");
-              for (int v = 0; v < kOwn; ++v) {
-                const int row = own_row(thread, u), column = own_column(thread, v);
-                const int i = turned ? j0 + column : i0 + row;
-                const int j = turned ? i0 + row : j0 + column;
-                const int target = turned ? column_targets[column] : row_targets[row];
-                const bool want = i < 300 && j < 260 && !(term.self_pair == Test::kForbidden && j == i - 35) &&
-                                  !(term.target == Test::kForbidden && j == target) &&
-                                  !(term.target == Test::kRequired && j != target);
-                check((bits >> (u * kOwn + v) & 1) == want, "whether a pair counts");
-              }
-            }
-          }
-        }
+        counted<BlockFragments>(term, tile);
       }
     }
   }
@@ -261,9 +288,9 @@ void masks() {
 }  // namespace
 
 int main() {
-  fragment_maps();
+  fragment_maps<BlockFragments>();
   operand_layout();
-  staged_layout();
+  staged_layout<BlockFragments>();
   super_axes();
   sweep_orders();
   panel_order();
