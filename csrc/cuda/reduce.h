@@ -24,21 +24,17 @@ struct Largest {
   FASTCL_HOST_DEVICE float operator()(float x, float y) const { return x != x || x > y ? x : y; }
 };
 
-// Merges x[k] over the lanes that differ in the bits kFirst ... kLast, and halves with each bit which k a lane goes on
-// with: 8 numbers take 7 shuffles over 8 lanes, 6 over 4.
-template <int kFirst, int kLast, int kCount, class Merge>
+// Merges x[k] over the lanes that differ in the bits kBit ... kLast, and halves with each bit which of the kLeft
+// numbers a lane goes on with: 8 numbers take 7 shuffles over 8 lanes, 6 over 4.
+template <int kBit, int kLast, int kLeft, int kCount, class Merge>
 FASTCL_DEVICE void merge_across(float (&x)[kCount], Merge merge) {
-  int left = kCount;
+  const bool upper = lane_of(thread_index()) & kBit;
 #pragma unroll
-  for (int bit = kFirst; bit >= kLast; bit /= 2) {
-    left /= 2;
-    const bool upper = lane_of(thread_index()) & bit;
-#pragma unroll
-    for (int k = 0; k < left; ++k) {
-      const float theirs = shuffle_xor(upper ? x[k] : x[k + left], bit);
-      x[k] = merge(upper ? x[k + left] : x[k], theirs);
-    }
+  for (int k = 0; k < kLeft / 2; ++k) {
+    const float theirs = shuffle_xor(upper ? x[k] : x[k + kLeft / 2], kBit);
+    x[k] = merge(upper ? x[k + kLeft / 2] : x[k], theirs);
   }
+  if constexpr (kBit > kLast) merge_across<kBit / 2, kLast, kLeft / 2>(x, merge);
 }
 
 // Merges the values of the pairs in `counted` (terms.h) along this warp's columns into what the warps across have for
@@ -55,7 +51,7 @@ FASTCL_DEVICE void reduce_along_rows(Merge merge, const typename Team::Accumulat
       x[u] = merge(x[u], counted.has(u, v) ? values.at(u, v) : Merge::kNothing);
     }
   }
-  merge_across<2, 1>(x, merge);
+  merge_across<2, 1, Team::kRows>(x, merge);
   const int first = row_after_sum<Team>(lane_of(Team::thread()));
 #pragma unroll
   for (int k = 0; k < Team::kRows / 4; ++k) {
@@ -77,7 +73,7 @@ FASTCL_DEVICE void reduce_along_columns(Merge merge, const typename Team::Accumu
       x[v] = merge(x[v], counted.has(u, v) ? values.at(u, v) : Merge::kNothing);
     }
   }
-  merge_across<16, 4>(x, merge);
+  merge_across<16, 4, Team::kColumns>(x, merge);
   const int first = column_after_sum<Team>(lane_of(Team::thread()));
 #pragma unroll
   for (int k = 0; k < Team::kColumns / 8; ++k) column_sums[Team::column(Team::thread(), first + k)] = x[k];
