@@ -79,12 +79,6 @@ class SuperTilesWalk {
   SuperTileWalk tile_;
 };
 
-FASTCL_HOST_DEVICE int64_t tiles_of(SuperTile at, const SuperAxis& rows, const SuperAxis& columns, bool symmetric) {
-  const int64_t down = ceil_div(rows.end(at.r) - rows.begin(at.r), kTile);
-  const int64_t across = ceil_div(columns.end(at.c) - columns.begin(at.c), kTile);
-  return symmetric && at.r == at.c ? down * (down + 1) / 2 : down * across;
-}
-
 // What the consumers of a block do in a forward sweep.
 struct SweepWork {
   const SuperAxis& rows;
@@ -110,21 +104,27 @@ struct SweepWork {
 class PanelWalk {
  public:
   FASTCL_HOST_DEVICE PanelWalk(const Panel& panel, int first, int stride)
-      : panel_(panel), item_(first), stride_(stride), tile_(panel_tile(first, panel)) {}
+      : panel_(panel), item_(first), stride_(stride) {
+    find_tile();
+  }
 
   FASTCL_HOST_DEVICE int i() const { return panel_.row_begin + tile_.r * kTile; }
   FASTCL_HOST_DEVICE int j() const { return panel_.column_begin + tile_.c * kTile; }
   FASTCL_HOST_DEVICE bool done() const { return item_ >= panel_tiles(panel_); }
   FASTCL_HOST_DEVICE void next() {
     item_ += stride_;
-    tile_ = panel_tile(item_, panel_);
+    find_tile();
   }
 
  private:
+  FASTCL_HOST_DEVICE void find_tile() {
+    if (!done()) tile_ = panel_tile(item_, panel_);
+  }
+
   const Panel& panel_;
   int item_;
   int stride_;
-  SuperTile tile_;
+  SuperTile tile_{0, 0};
 };
 
 // What the consumers of a block do for a panel of W.

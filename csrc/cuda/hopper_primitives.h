@@ -12,7 +12,7 @@
 namespace fastcl::cuda::hopper {
 
 // A matrix in memory as TMA knows it; hopper.cu fills one in.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 

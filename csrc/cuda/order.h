@@ -91,6 +91,13 @@ class SuperTileWalk {
   int j_;
 };
 
+// How many these are.
+FASTCL_HOST_DEVICE int64_t tiles_of(SuperTile at, const SuperAxis& rows, const SuperAxis& columns, bool symmetric) {
+  const int64_t down = ceil_div(rows.end(at.r) - rows.begin(at.r), kTile);
+  const int64_t across = ceil_div(columns.end(at.c) - columns.begin(at.c), kTile);
+  return symmetric && at.r == at.c ? down * (down + 1) / 2 : down * across;
+}
+
 // All tiles of the rows from i on.
 class RowWalk {
  public:

@@ -91,4 +91,10 @@ FASTCL_HOST_DEVICE int staged_offset(int row, int column, int element_bytes) {
   return row * kTile * element_bytes + (chunk ^ (row * element_bytes / 2 & 7)) * kChunkBytes + within;
 }
 
+// The same for an element so many rows and columns from the one at `origin`, where these numbers and the origin's have
+// no bit in common: as all elements of a thread from its first one. Few operations, most of them at compile time.
+FASTCL_HOST_DEVICE int staged_offset_from(int origin, int rows, int columns, int element_bytes) {
+  return (origin ^ staged_offset(rows & 7, columns, element_bytes)) + staged_offset(rows & ~7, 0, element_bytes);
+}
+
 }  // namespace fastcl::cuda

@@ -184,18 +184,22 @@ class Weights {
   template <bool kTransposed>
   FASTCL_DEVICE void stage(const Accumulators& weights) {
     constexpr int kBytes = Precision::kBytes;
+    const int row = Team::row(Team::thread(), 0);
+    const int column = Team::column(Team::thread(), 0);
+    const int first = kTransposed ? staged_offset(column, row, kBytes) : staged_offset(row, column, kBytes);
     Team::sync();
 #pragma unroll
     for (int u = 0; u < Team::kRows; ++u) {
-      const int row = Team::row(Team::thread(), u);
+      const int down = Team::row(0, u);
 #pragma unroll
       for (int v = 0; v < Team::kColumns; v += 2) {
-        const int column = Team::column(Team::thread(), v);
+        const int across = Team::column(0, v);
         if (kTransposed) {
-          Precision::store(staged_ + staged_offset(column, row, kBytes), weights.at(u, v));
-          Precision::store(staged_ + staged_offset(column + 1, row, kBytes), weights.at(u, v + 1));
+          Precision::store(staged_ + staged_offset_from(first, across, down, kBytes), weights.at(u, v));
+          Precision::store(staged_ + staged_offset_from(first, across + 1, down, kBytes), weights.at(u, v + 1));
         } else {
-          Precision::store(staged_ + staged_offset(row, column, kBytes), weights.at(u, v), weights.at(u, v + 1));
+          Precision::store(staged_ + staged_offset_from(first, down, across, kBytes), weights.at(u, v),
+                           weights.at(u, v + 1));
         }
       }
     }

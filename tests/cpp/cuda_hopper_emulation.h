@@ -9,7 +9,7 @@
 
 namespace fastcl::cuda::hopper {
 
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   const unsigned char* data;
   int64_t pitch;
   int rows;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/engine.h"
+#include "cuda_layouts.h"
 
 namespace {
 
@@ -16,52 +17,6 @@ using fastcl::PairTerm;
 using fastcl::Reduce;
 using fastcl::Test;
 using Wide = __int128;
-
-int failures = 0;
-
-void check(bool right, const char* what) {
-  if (right) return;
-  if (++failures <= 20) std::printf("WRONG: %s\n", what);
-}
-
-// Every number of a tile has one thread, and every sum of a warp's rows or columns one lane.
-template <class Fragments>
-void fragment_maps() {
-  std::set<std::pair<int, int>> pairs, row_sums, column_sums;
-  for (int thread = 0; thread < Fragments::kThreads; ++thread) {
-    for (int u = 0; u < Fragments::kRows; ++u) {
-      for (int v = 0; v < Fragments::kColumns; ++v) {
-        pairs.insert({Fragments::row(thread, u), Fragments::column(thread, v)});
-      }
-    }
-    const int row = row_after_sum<Fragments>(lane_of(thread)), column = column_after_sum<Fragments>(lane_of(thread));
-    for (int k = 0; k < Fragments::kRows / 4; ++k) {
-      row_sums.insert({Fragments::across(thread), Fragments::row(thread, row + k)});
-    }
-    for (int k = 0; k < Fragments::kColumns / 8; ++k) {
-      column_sums.insert({Fragments::down(thread), Fragments::column(thread, column + k)});
-    }
-  }
-  constexpr int kPairs = Fragments::kThreads * Fragments::kRows * Fragments::kColumns;
-  check(kPairs == kTile * kTile && pairs.size() == kPairs && pairs.rbegin()->first == kTile - 1,
-        "one thread for each pair of a tile");
-  check(row_sums.size() == Fragments::kWarpsAcross * kTile, "one lane for each row's sum");
-  check(column_sums.size() == Fragments::kWarpsDown * kTile, "one lane for each column's sum");
-}
-
-// How often the lanes' accesses of `bytes` meet one of the 32 banks, beyond what their number makes unavoidable.
-int conflicts(const std::vector<int>& offsets, int bytes) {
-  std::map<int, std::set<int>> words;
-  for (int offset : offsets) {
-    for (int b = 0; b < bytes; b += 4) words[(offset + b) / 4 % 32].insert((offset + b) / 4);
-  }
-  size_t worst = 0, all = 0;
-  for (const auto& [bank, distinct] : words) {
-    worst = std::max(worst, distinct.size());
-    all += distinct.size();
-  }
-  return static_cast<int>(worst - (all + 31) / 32);
-}
 
 void operand_layout() {
   std::set<int> offsets;
@@ -85,33 +40,6 @@ void operand_layout() {
       copies.push_back(operand_offset(thread / kDepthChunks, thread % kDepthChunks));
     }
     check(conflicts(copies, kChunkBytes) == 0, "copies of operands meet a bank");
-  }
-}
-
-template <class Fragments>
-void staged_layout() {
-  for (int bytes : {2, 4}) {
-    std::set<int> offsets;
-    for (int row = 0; row < kTile; ++row) {
-      for (int column = 0; column < kTile; ++column) offsets.insert(staged_offset(row, column, bytes));
-    }
-    check(offsets.size() == kTile * kTile && *offsets.rbegin() == (kTile * kTile - 1) * bytes, "staged layout");
-    for (int v = 0; v < Fragments::kColumns; v += 2) {
-      // Accesses of 8 bytes are made by half a warp at a time.
-      const int lanes = kLanes * 2 / bytes;
-      for (int first = 0; first < kLanes; first += lanes) {
-        std::vector<int> written;
-        for (int lane = first; lane < first + lanes; ++lane) {
-          written.push_back(staged_offset(Fragments::row(lane, 0), Fragments::column(lane, v), bytes));
-        }
-        check(conflicts(written, 2 * bytes) == 0, "the staged tile is written with conflicts");
-      }
-    }
-    for (int row = 0; row < 8; ++row) {
-      std::vector<int> read;
-      for (int k = 0; k < 8; ++k) read.push_back(staged_offset(row, k * kChunkBytes / bytes, bytes));
-      check(conflicts(read, kChunkBytes) == 0, "the staged tile is read with conflicts");
-    }
   }
 }
 
@@ -222,62 +150,7 @@ void addresses() {
   check(triangle.row_partials == int64_t{4} * 17 * 4097 && triangle.column_partials == 0, "a triangle's workspace");
 }
 
-// Whether a part of a thread's pairs, from row u and column v on, is what the definition says.
-template <class Fragments, int kRows, int kColumns>
-void counted_part(const PairTerm& term, const TilePairs& tile, bool turned, int thread, int u0, int v0) {
-  const auto set = counted_pairs<Fragments, kRows, kColumns>(term, tile, turned, thread, u0, v0);
-  for (int u = 0; u < kRows; ++u) {
-    for (int v = 0; v < kColumns; ++v) {
-      const int row = Fragments::row(thread, u0 + u), column = Fragments::column(thread, v0 + v);
-      const int i = turned ? tile.j0 + column : tile.i0 + row;
-      const int j = turned ? tile.i0 + row : tile.j0 + column;
-      const int target = turned ? tile.column_targets[column] : tile.row_targets[row];
-      const bool want = i < tile.shape.rows && j < tile.shape.columns &&
-                        !(term.self_pair == Test::kForbidden && j == i + tile.shape.self_offset) &&
-                        !(term.target == Test::kForbidden && j == target) &&
-                        !(term.target == Test::kRequired && j != target);
-      check(set.has(u, v) == want, "whether a pair counts");
-    }
-  }
-}
-
-template <class Fragments>
-void counted(const PairTerm& term, const TilePairs& tile) {
-  constexpr int kRows = Fragments::kRows, kColumns = Fragments::kColumns;
-  constexpr int kPartRows = Fragments::kPartRows, kPartColumns = Fragments::kPartColumns;
-  for (int thread = 0; thread < Fragments::kThreads; thread += 7) {
-    for (bool turned : {false, true}) {
-      counted_part<Fragments, kRows, kColumns>(term, tile, turned, thread, 0, 0);
-      for (int u = 0; u < kRows; u += kPartRows) {
-        for (int v = 0; v < kColumns; v += kPartColumns) {
-          counted_part<Fragments, kPartRows, kPartColumns>(term, tile, turned, thread, u, v);
-        }
-      }
-    }
-  }
-}
-
-void masks() {
-  const Shape shape{300, 260, -35};
-  std::vector<int> row_targets(kTile), column_targets(kTile);
-  for (int i0 = 0; i0 < 300; i0 += kTile) {
-    for (int j0 = 0; j0 < 260; j0 += kTile) {
-      bool any = false;
-      for (int k = 0; k < kTile; ++k) {
-        row_targets[k] = (i0 + k) * 7 % 263 - 2;
-        column_targets[k] = (j0 + k) * 5 % 303 - 2;
-        const int j = i0 + k + shape.self_offset;
-        any |= j >= j0 && j < j0 + kTile;
-      }
-      check(has_self_pair(shape, i0, j0, kTile) == any, "whether a tile has a self pair");
-      const TilePairs tile{shape, i0, j0, row_targets.data(), column_targets.data()};
-      for (const PairTerm term : {PairTerm{Reduce::kSum, Test::kForbidden, Test::kAbsent},
-                                  PairTerm{Reduce::kSum, Test::kAbsent, Test::kRequired},
-                                  PairTerm{Reduce::kSum, Test::kForbidden, Test::kForbidden}}) {
-        counted<BlockFragments>(term, tile);
-      }
-    }
-  }
+void farthest_self_pair() {
   const int last = static_cast<int>(kMostRows) - 1;
   const Shape large{last + 1, last + 1, -last};
   check(counts({Reduce::kSum, Test::kRequired, Test::kAbsent}, large, last, 0, -1), "the farthest self pair");
@@ -295,7 +168,7 @@ int main() {
   sweep_orders();
   panel_order();
   addresses();
-  masks();
-  std::printf("%d wrong\n", failures);
-  return failures == 0 ? 0 : 1;
+  counted_pairs_of<BlockFragments>();
+  farthest_self_pair();
+  return report();
 }

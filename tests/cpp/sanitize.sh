@@ -8,7 +8,7 @@ python=$1
 
 echo "== the CUDA kernels, emulated, under address,undefined"
 mkdir -p build
-g++ -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-unknown-pragmas -Itests/cpp \
+g++ -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -Wno-unknown-pragmas -Wno-psabi -Itests/cpp \
   tests/cpp/cuda_check.cpp -o build/cuda_check
 ASAN_OPTIONS=detect_leaks=0 build/cuda_check # a fiber that has ended is never unwound
 
