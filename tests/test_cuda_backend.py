@@ -145,7 +145,7 @@ def test_several_panels_on_hopper(plan: Plan, dtype: torch.dtype, tolerance: flo
 
 
 def test_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both can be forced, and only a GPU of compute capability 9.0 takes the Hopper kernels by itself."""
+    """Both can be forced; only a GPU of compute capability 9.0 takes the Hopper kernels by itself, float32 never."""
     half, single = torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 8)
     monkeypatch.delenv("FASTCL_CUDA_PATH", raising=False)
     assert not cuda._takes_hopper(half)
@@ -153,8 +153,10 @@ def test_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cuda._takes_hopper(half)
     monkeypatch.setenv("FASTCL_CUDA_PATH", "hopper")
     assert cuda._takes_hopper(half)
-    with pytest.raises(ValueError, match=r"bfloat16 and float16, not torch\.float32"):
-        cuda._takes_hopper(single)
+    assert not cuda._takes_hopper(single)
+    monkeypatch.setattr(cuda._extension(), "HAS_HOPPER", 0)
+    with pytest.raises(ValueError, match=r"not built for compute capability 9\.0"):
+        cuda._takes_hopper(half)
     monkeypatch.setenv("FASTCL_CUDA_PATH", "blackwell")
     with pytest.raises(ValueError, match="FASTCL_CUDA_PATH must be one of portable, hopper, got 'blackwell'"):
         cuda._takes_hopper(half)

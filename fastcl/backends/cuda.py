@@ -6,8 +6,8 @@ Compiled and checked, not run on a GPU yet, so that no call takes it that doesn'
 May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share. The forward's kernels are one call; the
 backward's kernel writes panels of W, which library products multiply.
 
-On compute capability 9.0 bfloat16 and float16 take kernels of their own, where those were built. The environment
-variable ``FASTCL_CUDA_PATH`` forces one path, to compare the two: ``portable``, or ``hopper``.
+On compute capability 9.0 bfloat16 and float16 take kernels of their own, where those were built; float32 does not. The
+environment variable ``FASTCL_CUDA_PATH`` forces one path for them, to compare the two: ``portable``, or ``hopper``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from fastcl.terms import (
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOWEST_CAPABILITY = (8, 0)
 _HOPPER = (9, 0)
+_HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 _PATHS = ("portable", "hopper")
 _REDUCE_CODES = {Reduce.LSE: 0, Reduce.SUM: 1, Reduce.MAX: 2}
 _TEST_CODES = {False: -1, None: 0, True: 1}
@@ -153,7 +154,7 @@ def _takes_hopper(a: Tensor) -> bool:
     path = os.environ.get("FASTCL_CUDA_PATH")
     if path not in (None, *_PATHS):
         raise ValueError(f"FASTCL_CUDA_PATH must be one of {', '.join(_PATHS)}, got {path!r}")
-    if path == "portable":
+    if path == "portable" or a.dtype not in _HOPPER_DTYPES:
         return False
     reason = _refuses_hopper(a)
     if path == "hopper" and reason is not None:
@@ -166,8 +167,6 @@ def _refuses_hopper(a: Tensor) -> str | None:
         return "the extension was not built for compute capability 9.0"
     if a.is_cuda and torch.cuda.get_device_capability(a.device) != _HOPPER:
         return f"{torch.cuda.get_device_name(a.device)} does not have compute capability 9.0"
-    if a.dtype not in (torch.bfloat16, torch.float16):
-        return f"its kernels take bfloat16 and float16, not {a.dtype}"
     return None
 
 
