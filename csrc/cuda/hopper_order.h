@@ -3,7 +3,8 @@
 //
 // Consumers take turns with the tensor cores, tile by tile: one multiplies while the other one reduces. Each walks
 // super-tiles, or tiles of a panel, of its own, and so is the only writer of what it writes. The ring is filled in the
-// order of turns; when one consumer has no more tiles, the other one goes on alone.
+// order of turns; when one consumer has no more tiles, the other one goes on alone. Rows of A that are not too deep
+// stay in shared memory along a row of tiles, and the ring has B alone: half the traffic, which L2 could not deliver.
 #pragma once
 
 #include "hopper_tile.h"
@@ -25,6 +26,38 @@ class RingPosition {
  private:
   static_assert((int64_t{1} << 32) % (2 * kStages) == 0, "block_ may overflow");
   uint32_t block_;
+};
+
+// Where operands are in shared memory, one block of depth of either to a place. Up to kKept blocks of a consumer's rows
+// of A are kept; where there are more, and where a walk changes rows with each tile (kKept = 0), stages have both
+// operands.
+template <int kKept>
+struct Places {
+  static constexpr int kCount = larger(2 * kStages, kConsumers* kKept + kStages);
+
+  bool keeps_rows;
+
+  FASTCL_HOST_DEVICE explicit Places(int blocks_of_depth) : keeps_rows(kKept > 0 && blocks_of_depth <= kKept) {}
+
+  FASTCL_HOST_DEVICE int of_a(int consumer, int block, int stage) const {
+    return keeps_rows ? consumer * kKept + block : 2 * stage;
+  }
+  FASTCL_HOST_DEVICE int of_b(int stage) const { return keeps_rows ? kConsumers * kKept + stage : 2 * stage + 1; }
+};
+
+// A consumer's rows of tiles, one after another; the barriers of rows that are kept have the parity of their number.
+class TileRows {
+ public:
+  FASTCL_HOST_DEVICE bool begin() const { return begin_; }
+  FASTCL_HOST_DEVICE uint32_t parity() const { return row_ % 2; }
+  FASTCL_HOST_DEVICE void next_tile(bool ends_row) {
+    begin_ = ends_row;
+    row_ += ends_row;
+  }
+
+ private:
+  bool begin_ = true;  // of a row, is the next tile
+  uint32_t row_ = 0;
 };
 
 // A consumer's turns: consumer 0's first tile, consumer 1's first, consumer 0's second, ...
@@ -59,6 +92,7 @@ class SuperTilesWalk {
   FASTCL_HOST_DEVICE int j() const { return tile_.j(); }
   FASTCL_HOST_DEVICE SuperTile at() const { return at_; }
   FASTCL_HOST_DEVICE const SuperTileWalk& tile() const { return tile_; }
+  FASTCL_HOST_DEVICE bool ends_row() const { return tile_.ends_row(); }
   FASTCL_HOST_DEVICE bool done() const { return item_ >= super_tiles(rows_, columns_, symmetric_); }
   FASTCL_HOST_DEVICE void next() {
     tile_.next();
@@ -111,6 +145,7 @@ class PanelWalk {
   FASTCL_HOST_DEVICE int i() const { return panel_.row_begin + tile_.r * kTile; }
   FASTCL_HOST_DEVICE int j() const { return panel_.column_begin + tile_.c * kTile; }
   FASTCL_HOST_DEVICE bool done() const { return item_ >= panel_tiles(panel_); }
+  FASTCL_HOST_DEVICE bool ends_row() const { return true; }
   FASTCL_HOST_DEVICE void next() {
     item_ += stride_;
     find_tile();

@@ -37,10 +37,15 @@ struct WarpgroupTeam : WarpgroupFragments {
   }
 };
 
+// Stages, and rows of A that stay for a while. What is in a place belongs to the producer until `full`, then to a
+// consumer until `empty`.
+template <int kKept>
 struct Ring {
-  alignas(1024) unsigned char stages[kStages][kStageBytes];
+  alignas(1024) unsigned char places[Places<kKept>::kCount][kOperandBytes];
   Barrier full[kStages];
   Barrier empty[kStages];
+  Barrier rows_full[kConsumers];
+  Barrier rows_empty[kConsumers];
 };
 
 // A and B, and how many blocks of depth and elements of one they have.
@@ -59,62 +64,81 @@ FASTCL_DEVICE void multiply_step(Float16, float (&c)[kProductNumbers], uint64_t 
 }
 
 // The producer's only thread at work.
-template <class Walk>
+template <int kKept>
 class Loader {
  public:
-  FASTCL_DEVICE Loader(const MappedOperands& x, Ring& ring) : x_(x), ring_(ring), at_(0) {}
+  FASTCL_DEVICE Loader(const MappedOperands& x, Ring<kKept>& ring)
+      : x_(x), ring_(ring), places_(x.blocks_of_depth), at_(0) {}
 
-  FASTCL_DEVICE void load_tile(const Walk& walk) {
+  template <class Walk>
+  FASTCL_DEVICE void load_tile(int consumer, const Walk& walk, TileRows& rows) {
+    if (places_.keeps_rows && rows.begin()) load_rows(consumer, walk.i(), rows.parity());
     for (int k = 0; k < x_.blocks_of_depth; ++k) {
       const int stage = at_.stage();
+      Barrier& full = ring_.full[stage];
       wait(ring_.empty[stage], at_.parity() ^ 1);
-      arrive_and_expect(ring_.full[stage], kStageBytes);
-      load_box(ring_.stages[stage], x_.a, k * x_.block_elements, walk.i(), ring_.full[stage]);
-      load_box(ring_.stages[stage] + kOperandBytes, x_.b, k * x_.block_elements, walk.j(), ring_.full[stage]);
+      arrive_and_expect(full, places_.keeps_rows ? kOperandBytes : 2 * kOperandBytes);
+      if (!places_.keeps_rows) load(x_.a, walk.i(), k, places_.of_a(consumer, k, stage), full);
+      load(x_.b, walk.j(), k, places_.of_b(stage), full);
       at_.next();
     }
+    rows.next_tile(walk.ends_row());
   }
 
  private:
+  FASTCL_DEVICE void load_rows(int consumer, int i, uint32_t parity) {
+    Barrier& full = ring_.rows_full[consumer];
+    wait(ring_.rows_empty[consumer], parity ^ 1);
+    arrive_and_expect(full, x_.blocks_of_depth * kOperandBytes);
+    for (int k = 0; k < x_.blocks_of_depth; ++k) load(x_.a, i, k, places_.of_a(consumer, k, 0), full);
+  }
+
+  FASTCL_DEVICE void load(const TensorMap& map, int row, int block, int place, Barrier& full) {
+    load_box(ring_.places[place], map, block * x_.block_elements, row, full);
+  }
+
   const MappedOperands& x_;
-  Ring& ring_;
+  Ring<kKept>& ring_;
+  const Places<kKept> places_;
   RingPosition at_;
 };
 
-template <class Work>
-FASTCL_DEVICE void produce(const MappedOperands& x, const Work& work, Ring& ring) {
+template <int kKept, class Work>
+FASTCL_DEVICE void produce(const MappedOperands& x, const Work& work, Ring<kKept>& ring) {
   prefetch(x.a);
   prefetch(x.b);
   auto first = work.walk(0);
   auto second = work.walk(1);
-  Loader<decltype(first)> loader(x, ring);
+  TileRows first_rows, second_rows;
+  Loader<kKept> loader(x, ring);
   while (!first.done() || !second.done()) {
     if (!first.done()) {
-      loader.load_tile(first);
+      loader.load_tile(0, first, first_rows);
       first.next();
     }
     if (!second.done()) {
-      loader.load_tile(second);
+      loader.load_tile(1, second, second_rows);
       second.next();
     }
   }
 }
 
-// A stage belongs to a consumer until each of its warps has read it.
+// Once each warp of a consumer has read a place.
 FASTCL_DEVICE void release(Barrier& empty) {
   if (lane_of(thread_index()) == 0) arrive(empty);
 }
 
 // Starts a tile's products and returns the stage of the last, under way when this returns; all others are released.
-template <class Precision>
-FASTCL_DEVICE int multiply_tile(RingPosition at, int blocks_of_depth, Ring& ring, Accumulators& sums) {
+template <class Precision, int kKept>
+FASTCL_DEVICE int multiply_tile(RingPosition at, int blocks_of_depth, Ring<kKept>& ring, Accumulators& sums) {
+  const Places<kKept> places(blocks_of_depth);
+  const int consumer = WarpgroupTeam::consumer();
   int before = 0;
   for (int k = 0; k < blocks_of_depth; ++k) {
     const int stage = at.stage();
     wait(ring.full[stage], at.parity());
-    const uint32_t address = shared_address(ring.stages[stage]);
-    const uint64_t a = matrix_descriptor(address);
-    const uint64_t b = matrix_descriptor(address + kOperandBytes);
+    const uint64_t a = matrix_descriptor(shared_address(ring.places[places.of_a(consumer, k, stage)]));
+    const uint64_t b = matrix_descriptor(shared_address(ring.places[places.of_b(stage)]));
     begin_products();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -137,13 +161,16 @@ FASTCL_DEVICE int multiply_tile(RingPosition at, int blocks_of_depth, Ring& ring
 
 // Calls consume(walk, sums) with each tile's products. Between two calls, and before the first, the consumer's threads
 // have met.
-template <class Precision, class Work, class Consume>
-FASTCL_DEVICE void consume_tiles(int blocks_of_depth, const Work& work, Ring& ring, Consume consume) {
+template <class Precision, int kKept, class Work, class Consume>
+FASTCL_DEVICE void consume_tiles(int blocks_of_depth, const Work& work, Ring<kKept>& ring, Consume consume) {
   const int consumer = WarpgroupTeam::consumer();
+  const bool keeps_rows = Places<kKept>(blocks_of_depth).keeps_rows;
   const Turns turns{consumer, work.tiles(1 - consumer)};
+  TileRows rows;
   int64_t n = 0;
   for (auto walk = work.walk(consumer); !walk.done(); walk.next()) {
     Accumulators sums;
+    if (keeps_rows && rows.begin()) wait(ring.rows_full[consumer], rows.parity());
     if (turns.follows_other(n)) sync_some(kTurnBarrier + consumer, kConsumers * kWarpgroup);
     const RingPosition at(turns.before(n) * blocks_of_depth);
     const int last = multiply_tile<Precision>(at, blocks_of_depth, ring, sums);
@@ -156,26 +183,31 @@ FASTCL_DEVICE void consume_tiles(int blocks_of_depth, const Work& work, Ring& ri
       for (float& x : product) settle(x);
     }
     release(ring.empty[last]);
+    if (keeps_rows && walk.ends_row()) release(ring.rows_empty[consumer]);
+    rows.next_tile(walk.ends_row());
     WarpgroupTeam::sync();
     consume(walk, sums);
     ++n;
   }
 }
 
-FASTCL_DEVICE void init(Ring& ring) {
+template <int kKept>
+FASTCL_DEVICE void init(Ring<kKept>& ring) {
   if (thread_index() == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      init(ring.full[stage], 1);
-      init(ring.empty[stage], kWarpgroup / kLanes);
-    }
+    constexpr int kWarps = kWarpgroup / kLanes;
+    for (Barrier& full : ring.full) init(full, 1);
+    for (Barrier& full : ring.rows_full) init(full, 1);
+    for (Barrier& empty : ring.empty) init(empty, kWarps);
+    for (Barrier& empty : ring.rows_empty) init(empty, kWarps);
     publish_barriers();
   }
   sync_threads();
 }
 
 // All of a block: `make_consume()` is called by consumers alone.
-template <class Precision, class Work, class MakeConsume>
-FASTCL_DEVICE void for_each_tile(const MappedOperands& x, const Work& work, Ring& ring, MakeConsume make_consume) {
+template <class Precision, int kKept, class Work, class MakeConsume>
+FASTCL_DEVICE void for_each_tile(const MappedOperands& x, const Work& work, Ring<kKept>& ring,
+                                 MakeConsume make_consume) {
   init(ring);
   if (thread_index() < kWarpgroup) {
     give_registers<kProducerRegisters>();

@@ -11,8 +11,9 @@ struct SweepKernelArguments {
   SweepArguments sweep;
 };
 
+// Rows of A are kept up to a depth of 256 numbers.
 struct SweepMemory {
-  Ring ring;
+  Ring<4> ring;
   TileSums<WarpgroupTeam> sums[kConsumers];
 };
 static_assert(sizeof(SweepMemory) <= kMostSharedBytes);

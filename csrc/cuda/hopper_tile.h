@@ -22,7 +22,6 @@ constexpr int kDepthBytes = 128;
 constexpr int kStepBytes = 32;
 constexpr int kSteps = kDepthBytes / kStepBytes;
 constexpr int kOperandBytes = kTile * kDepthBytes;
-constexpr int kStageBytes = 2 * kOperandBytes;
 constexpr int kStages = 4;
 constexpr int kMostSharedBytes = 227 << 10;
 

@@ -11,8 +11,9 @@ struct WeightsKernelArguments {
   WeightsArguments weights;
 };
 
+// Tiles of a panel follow each other down a column, and keep no rows.
 struct WeightsMemory {
-  Ring ring;
+  Ring<0> ring;
   alignas(128) unsigned char staged[kConsumers][kTile * kTile * HalfPrecision::kBytes];
   TileFactors factors[kConsumers];
 };

@@ -108,6 +108,7 @@ class Block {
     const int warps = threads_ / kWarp;
     for (bool running = true; running;) {
       running = false;
+      ++round_;
       for (int w = 0; w < warps; ++w) running |= run_warp(order_.warps_descend ? warps - 1 - w : w);
       if (running || loads_.empty()) continue;
       loads_.back()();
@@ -192,12 +193,14 @@ class Block {
     }
   }
 
-  // Asynchronous products, too, happen as late as waiting for them allows, or at once.
+  // Asynchronous products happen at once where loads are late, and as late as waiting for them allows where loads are
+  // at once: the one shows what is multiplied before it is there, the other what is overwritten before it is
+  // multiplied.
   void multiply(const std::function<void()>& product) {
     if (order_.copies_are_late) {
-      fibers_[thread_].uncommitted_products.push_back(product);
-    } else {
       product();
+    } else {
+      fibers_[thread_].uncommitted_products.push_back(product);
     }
   }
   void commit_products() {
@@ -207,6 +210,8 @@ class Block {
   }
   void wait_for_products(size_t pending) {
     Fiber& fiber = fibers_[thread_];
+    // Not before all others have had a turn.
+    poll([this, round = round_] { return round_ != round; });
     for (; fiber.committed_products.size() > pending; fiber.committed_products.pop_front()) {
       for (const auto& product : fiber.committed_products.front()) product();
     }
@@ -284,6 +289,7 @@ class Block {
   int index_ = 0;
   int blocks_ = 0;
   int thread_ = 0;
+  int64_t round_ = 0;  // of turns
   Meeting meetings_[kMeetings];
   std::vector<std::function<void()>> loads_;
 };

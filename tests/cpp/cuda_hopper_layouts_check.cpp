@@ -68,6 +68,27 @@ void descriptors() {
   check((last & 0x3fff) * 16 == hopper::kMostSharedBytes / 1024 * 1024, "the last address");
 }
 
+// What is in shared memory at a time lies in places of its own.
+template <int kKept>
+void places() {
+  for (int blocks = 1; blocks <= kKept + 2; ++blocks) {
+    const hopper::Places<kKept> places(blocks);
+    check(places.keeps_rows == (blocks <= kKept), "which rows are kept");
+    std::set<int> taken;
+    int count = 0;
+    for (int stage = 0; stage < hopper::kStages; ++stage) {
+      taken.insert(places.of_b(stage));
+      if (!places.keeps_rows) taken.insert(places.of_a(0, 0, stage));
+      count += places.keeps_rows ? 1 : 2;
+    }
+    for (int consumer = 0; places.keeps_rows && consumer < hopper::kConsumers; ++consumer) {
+      for (int block = 0; block < blocks; ++block, ++count) taken.insert(places.of_a(consumer, block, 1));
+    }
+    check(static_cast<int>(taken.size()) == count, "two operands in one place");
+    check(*taken.begin() >= 0 && *taken.rbegin() < places.kCount, "a place beyond the last");
+  }
+}
+
 // By the PTX manual, register r of warp w, with g = lane / 4 and t = lane % 4, has row 16 w + g + 8 (r / 2 % 2) and
 // column 8 (r / 4) + 2 t + r % 2.
 void accumulators() {
@@ -210,7 +231,15 @@ void sweep_work(int n, int m, int most, bool symmetric, int blocks) {
     const hopper::SweepWork work{rows, columns, symmetric, block, blocks};
     for (int consumer = 0; consumer < hopper::kConsumers; ++consumer) {
       int64_t count = 0;
+      hopper::TileRows rows;
+      uint32_t parity = 1;
+      int i = -1;
       for (auto walk = work.walk(consumer); !walk.done(); walk.next(), ++count) {
+        check(rows.begin() || walk.i() == i, "rows of A change where a row of tiles begins");
+        check(!rows.begin() || rows.parity() != parity, "rows of tiles alternate in parity");
+        if (rows.begin()) parity = rows.parity();
+        i = walk.i();
+        rows.next_tile(walk.ends_row());
         auto& tiles = left[{walk.at().r, walk.at().c}];
         check(!tiles.empty() && tiles.front() == std::make_pair(walk.i(), walk.j()), "tiles come in their order");
         if (!tiles.empty()) tiles.pop_front();
@@ -261,6 +290,9 @@ int main() {
   operand_layout();
   descriptors();
   accumulators();
+  places<0>();
+  places<1>();
+  places<4>();
   rings();
   work();
   return report();
