@@ -210,8 +210,8 @@ class Block {
   }
   void wait_for_products(size_t pending) {
     Fiber& fiber = fibers_[thread_];
-    // Not before all others have had a turn.
-    poll([this, round = round_] { return round_ != round; });
+    // Late is after all others have had a turn.
+    if (!order_.copies_are_late) poll([this, round = round_] { return round_ != round; });
     for (; fiber.committed_products.size() > pending; fiber.committed_products.pop_front()) {
       for (const auto& product : fiber.committed_products.front()) product();
     }
