@@ -34,7 +34,9 @@ PRECISIONS = {
 
 HOPPER_PRECISIONS = {"BFloat16": r"HGMMA\.64x128x16\.F32\.BF16", "Float16": r"HGMMA\.64x128x16\.F32 "}
 HOPPER_REGISTERS = 65_536 // 384 // 8 * 8
-"""What each of a block's 384 threads begins with; the consumers take more from the producer."""
+"""What each of a block's 384 threads begins with."""
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+"""What they go on with."""
 MOST_SHARED_BYTES = 232_448
 
 BLOCKS = {("sweep", "Tf32x3"): 1, ("weights", "Tf32x3"): 1} | {("redo", precision): 1 for precision in PRECISIONS}
@@ -154,6 +156,10 @@ def test_hopper(hopper: tuple[list[Kernel], str]) -> None:
         }.items():
             assert len(re.findall(instruction, kernel.instructions)) >= count, (kernel[:4], instruction)
         assert not re.search(r"(?<![.\w])(ATOM|ATOMG|RED|HMMA|LDGSTS)\b", kernel.instructions), kernel[:4]
+        assert _highest_register(kernel.instructions) < CONSUMER_REGISTERS, kernel[:4]
+        producer = re.search(r"USETMAXREG\.DEALLOC.*?\bEXIT\b", kernel.instructions, re.DOTALL)[0]
+        assert "UTMALDG" in producer, kernel[:4]
+        assert _highest_register(producer) < PRODUCER_REGISTERS, kernel[:4]
 
 
 @pytest.mark.slow
@@ -201,6 +207,10 @@ def test_the_extension_builds_and_loads(tmp_path: Path) -> None:
     loaded = run([sys.executable, "-c", program])
     unavailable = "None" if torch.cuda.is_available() else "there is no CUDA device"
     assert loaded.stdout.splitlines() == [unavailable, "1"], loaded.stderr
+
+
+def _highest_register(instructions: str) -> int:
+    return max(map(int, re.findall(r"\bR(\d+)\b", instructions)))
 
 
 def _spilling(kernels: list[Kernel]) -> list[tuple]:

@@ -29,22 +29,21 @@ PFN_cuTensorMapEncodeTiled_v12000 find_encoder() {
   return there ? reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function) : nullptr;
 }
 
-// Makes boxes of a whole tile by one block of depth, swizzled as hopper_tile.h has it, and keeps the first error.
+// Swizzled as hopper_tile.h has it. Keeps an error.
 struct Map {
   cudaError_t* error;
 
   template <class Precision>
-  TensorMap operator()(const Vectors& x, int depth_bytes, Precision precision) const {
+  TensorMap operator()(const Boxes& x, Precision precision) const {
     static const PFN_cuTensorMapEncodeTiled_v12000 encode = find_encoder();
     TensorMap map{};
     if (encode == nullptr) {
       *error = cudaErrorNotSupported;
       return map;
     }
-    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(depth_bytes / Precision::kBytes),
-                                static_cast<cuuint64_t>(x.count)};
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(x.elements), static_cast<cuuint64_t>(x.rows)};
     const cuuint64_t pitch[] = {static_cast<cuuint64_t>(x.pitch)};
-    const cuuint32_t box[] = {kDepthBytes / Precision::kBytes, kTile};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(x.box_elements), static_cast<cuuint32_t>(x.box_rows)};
     const cuuint32_t steps[] = {1, 1};
     const CUresult result =
         encode(reinterpret_cast<CUtensorMap*>(&map), type_of(precision), 2, const_cast<unsigned char*>(x.data), sizes,

@@ -1,5 +1,5 @@
 // Which kernels of the Hopper path there are and how they are launched: sweep and weights in the place of the portable
-// ones, for bfloat16 and float16. `map(vectors, depth_bytes, precision)` makes a TensorMap; `launch` is as in launch.h.
+// ones, for bfloat16 and float16. `map(boxes, precision)` makes a TensorMap; `launch` is as in launch.h.
 #pragma once
 
 #include "engine.h"
@@ -21,10 +21,28 @@ void for_precision(Dtype dtype, Call call) {
   }
 }
 
+// A matrix and the boxes that it is loaded in: a tile's rows by one block of depth, zeros beyond the matrix.
+struct Boxes {
+  const unsigned char* data;
+  int64_t pitch;  // bytes from row to row
+  int elements;
+  int rows;
+  int box_elements;
+  int box_rows;
+};
+
+template <class Precision>
+Boxes boxes(const Vectors& x, int depth_bytes) {
+  constexpr int kBytes = Precision::kBytes;
+  return {x.data, x.pitch, depth_bytes / kBytes, x.count, kDepthBytes / kBytes, kTile};
+}
+
 template <class Precision, class Map>
 MappedOperands map_operands(const Operands& x, Map map) {
-  return {map(x.a, x.depth_bytes, Precision()), map(x.b, x.depth_bytes, Precision()),
-          static_cast<int>(ceil_div(x.depth_bytes, kDepthBytes)), kDepthBytes / Precision::kBytes};
+  const Boxes a = boxes<Precision>(x.a, x.depth_bytes);
+  const Boxes b = boxes<Precision>(x.b, x.depth_bytes);
+  return {map(a, Precision()), map(b, Precision()), static_cast<int>(ceil_div(a.elements, a.box_elements)),
+          a.box_elements};
 }
 
 // `most_blocks`: as many as the device holds at a time.

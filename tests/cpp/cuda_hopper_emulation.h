@@ -59,12 +59,13 @@ inline void load_box(unsigned char* shared, const TensorMap& map, int element, i
   end_phase(barrier);
 }
 
-// What the driver's cuTensorMapEncodeTiled does on a GPU, for the boxes of hopper_tile.h.
+// What the driver's cuTensorMapEncodeTiled does on a GPU.
 struct Map {
-  template <class Vectors, class Precision>
-  TensorMap operator()(const Vectors& x, int depth_bytes, Precision) const {
-    constexpr int kBytes = Precision::kBytes;
-    return {x.data, x.pitch, x.count, depth_bytes / kBytes, kBytes, kTile, kDepthBytes / kBytes};
+  template <class Boxes, class Precision>
+  TensorMap operator()(const Boxes& x, Precision) const {
+    if (x.pitch % 16 != 0 || x.box_elements * Precision::kBytes > 128)
+      Block::fail("a map that the driver would refuse");
+    return {x.data, x.pitch, x.rows, x.elements, Precision::kBytes, x.box_rows, x.box_elements};
   }
 };
 
