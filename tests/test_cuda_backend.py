@@ -86,7 +86,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTCL_CUDA_PATH", "hopper")
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", "hopper")
 
 
 def make(plan: Plan, n: int, m: int, dim: int, dtype: torch.dtype, scale: float) -> Operands:
@@ -147,18 +147,18 @@ def test_several_panels_on_hopper(plan: Plan, dtype: torch.dtype, tolerance: flo
 def test_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both can be forced; only a GPU of compute capability 9.0 takes the Hopper kernels by itself, float32 never."""
     half, single = torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 8)
-    monkeypatch.delenv("FASTCL_CUDA_PATH", raising=False)
+    monkeypatch.delenv("FASTCL_CUDA_KERNELS", raising=False)
     assert not cuda._takes_hopper(half)
-    monkeypatch.setenv("FASTCL_CUDA_PATH", "portable")
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", "portable")
     assert not cuda._takes_hopper(half)
-    monkeypatch.setenv("FASTCL_CUDA_PATH", "hopper")
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", "hopper")
     assert cuda._takes_hopper(half)
     assert not cuda._takes_hopper(single)
     monkeypatch.setattr(cuda._extension(), "HAS_HOPPER", 0)
     with pytest.raises(ValueError, match=r"not built for compute capability 9\.0"):
         cuda._takes_hopper(half)
-    monkeypatch.setenv("FASTCL_CUDA_PATH", "blackwell")
-    with pytest.raises(ValueError, match="FASTCL_CUDA_PATH must be one of portable, hopper, got 'blackwell'"):
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", "blackwell")
+    with pytest.raises(ValueError, match="FASTCL_CUDA_KERNELS must be one of portable, hopper, got 'blackwell'"):
         cuda._takes_hopper(half)
 
 

@@ -62,7 +62,7 @@ def test_both_paths_of_cuda(loss: Loss, depth: int, path: str, monkeypatch: pyte
     """Rows that a Hopper sweep keeps in shared memory and deeper ones, and the portable kernels on the same device."""
     if path == "hopper" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip(f"{torch.cuda.get_device_name()} does not have compute capability 9.0")
-    monkeypatch.setenv("FASTCL_CUDA_PATH", path)
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", path)
     check_against_float64(loss, 3001, depth, torch.bfloat16, "cuda", tau=0.05, device="cuda")
 
 

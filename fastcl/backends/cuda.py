@@ -7,7 +7,7 @@ May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share. Th
 backward's kernel writes panels of W, which library products multiply.
 
 On compute capability 9.0 bfloat16 and float16 take kernels of their own, where those were built; float32 does not. The
-environment variable ``FASTCL_CUDA_PATH`` forces one path for them, to compare the two: ``portable``, or ``hopper``.
+environment variable ``FASTCL_CUDA_KERNELS`` forces one path for them, to compare the two: ``portable``, or ``hopper``.
 """
 
 from __future__ import annotations
@@ -151,14 +151,14 @@ def _inputs(plan: Plan, operands: Operands) -> _Inputs:
 
 def _takes_hopper(a: Tensor) -> bool:
     """Whether a call takes the kernels for compute capability 9.0 in place of the portable ones."""
-    path = os.environ.get("FASTCL_CUDA_PATH")
+    path = os.environ.get("FASTCL_CUDA_KERNELS")
     if path not in (None, *_PATHS):
-        raise ValueError(f"FASTCL_CUDA_PATH must be one of {', '.join(_PATHS)}, got {path!r}")
+        raise ValueError(f"FASTCL_CUDA_KERNELS must be one of {', '.join(_PATHS)}, got {path!r}")
     if path == "portable" or a.dtype not in _HOPPER_DTYPES:
         return False
     reason = _refuses_hopper(a)
     if path == "hopper" and reason is not None:
-        raise ValueError(f"FASTCL_CUDA_PATH=hopper, but {reason}")
+        raise ValueError(f"FASTCL_CUDA_KERNELS=hopper, but {reason}")
     return reason is None and (a.is_cuda or path == "hopper")
 
 
