@@ -112,6 +112,11 @@ def architecture_flags():
     return flags
 
 
+def builds_hopper():
+    """Whether one of the architectures is 9.0, which has kernels of its own."""
+    return any("code=sm_90" in flag for flag in architecture_flags())
+
+
 class BuildEngine(build_ext):
     """Per-file flags and parallel compilation. Errors of an optional extension become warnings in setuptools."""
 
@@ -126,7 +131,9 @@ class BuildEngine(build_ext):
         ext.include_dirs.append(str(torch / "include"))
         ext.library_dirs.append(str(torch / "lib"))
         if ext is CUDA_ENGINE:
-            ext.extra_objects.append(self.kernels.result())
+            ext.extra_objects += self.kernels.result()
+            if builds_hopper():
+                ext.define_macros.append(("FASTCL_HOPPER", None))
             home = toolkit()
             ext.include_dirs.append(str(next(home.glob("targets/*/include"), home / "include")))
             ext.library_dirs += [str(path) for path in (*home.glob("targets/*/lib"), home / "lib64") if path.is_dir()]
@@ -134,15 +141,22 @@ class BuildEngine(build_ext):
         super().build_extension(ext)
 
     def _compile_kernels(self):
-        """The object file of all CUDA kernels."""
+        """The object files of all CUDA kernels."""
         home = toolkit()
         if home is None:
             raise CompileError("no CUDA toolkit was found (CUDA_HOME may name it)")
-        built = Path(self.build_temp, "csrc", "cuda", "engine.o")
-        built.parent.mkdir(parents=True, exist_ok=True)
-        flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden", *architecture_flags()]
-        self.spawn([str(home / "bin" / "nvcc"), *flags, "-c", "csrc/cuda/engine.cu", "-o", str(built)])
-        return str(built)
+        flags_of = {"engine": architecture_flags()}
+        if builds_hopper():
+            flags_of["engine"].append("-DFASTCL_HOPPER")
+            flags_of["hopper"] = ["-gencode=arch=compute_90a,code=sm_90a"]
+        objects = []
+        for name, flags in flags_of.items():
+            built = Path(self.build_temp, "csrc", "cuda", f"{name}.o")
+            built.parent.mkdir(parents=True, exist_ok=True)
+            common = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            self.spawn([str(home / "bin" / "nvcc"), *common, *flags, "-c", f"csrc/cuda/{name}.cu", "-o", str(built)])
+            objects.append(str(built))
+        return objects
 
     def _compile_in_parallel(self):
         compiler = self.compiler

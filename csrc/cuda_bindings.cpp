@@ -34,6 +34,13 @@ constexpr char kDevice[] = "cuda";
 
 void check(int error) { STD_TORCH_CHECK(error == 0, "a kernel of fastcl could not be launched: CUDA error ", error); }
 
+// Whether the kernels for compute capability 9.0 were compiled.
+#if defined(FASTCL_HOPPER) || defined(FASTCL_CUDA_EMULATED)
+constexpr bool kHasHopper = true;
+#else
+constexpr bool kHasHopper = false;
+#endif
+
 int element_bytes(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float ? 4 : 2; }
 
 cuda::Dtype dtype(const Tensor& tensor, bool high_precision) {
@@ -47,6 +54,12 @@ cuda::Dtype dtype(const Tensor& tensor, bool high_precision) {
     default:
       STD_TORCH_CHECK(false, "a must be float32, bfloat16 or float16");
   }
+}
+
+cuda::Path path(cuda::Dtype dtype, bool hopper) {
+  STD_TORCH_CHECK(!hopper || (kHasHopper && (dtype == cuda::Dtype::kBFloat16 || dtype == cuda::Dtype::kFloat16)),
+                  "the Hopper kernels take bfloat16 and float16, where they were compiled");
+  return hopper ? cuda::Path::kHopper : cuda::Path::kPortable;
 }
 
 cuda::Vectors vectors(const Tensor& tensor, const char* name) {
@@ -114,7 +127,7 @@ Tensor new_float(const Tensor& like, int64_t rows, int64_t columns) {
 
 std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift,
                                       std::optional<Tensor> target, int64_t self_offset, double flag_below,
-                                      Tensor terms, bool symmetric, bool high_precision, int64_t stream) {
+                                      Tensor terms, bool symmetric, bool high_precision, bool hopper, int64_t stream) {
   cuda::StatisticsCall call{};
   call.s = similarity(a, b, scale, shift, target, self_offset);
   call.plan = make_plan(terms, symmetric, target.has_value());
@@ -130,15 +143,17 @@ std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, Tensor 
   call.column_partials = column_partials.mutable_data_ptr<float>();
   call.rows = rows.mutable_data_ptr<float>();
   call.columns = columns.mutable_data_ptr<float>();
-  check(cuda::statistics(dtype(a, high_precision), call, reinterpret_cast<void*>(stream)));
+  const cuda::Dtype type = dtype(a, high_precision);
+  check(cuda::statistics(type, path(type, hopper), call, reinterpret_cast<void*>(stream)));
   return {rows, columns};
 }
 
 // W[row_begin:row_end, column_begin:column_end] into `out`, whose size is a whole number of tiles.
 void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std::optional<Tensor> target,
-             int64_t self_offset, double flag_below, Tensor terms, bool symmetric, bool high_precision, Tensor rows,
-             Tensor columns, Tensor grad_rows, Tensor grad_columns, std::optional<Tensor> multiplier, int64_t row_begin,
-             int64_t row_end, int64_t column_begin, int64_t column_end, bool mirror, Tensor out, int64_t stream) {
+             int64_t self_offset, double flag_below, Tensor terms, bool symmetric, bool high_precision, bool hopper,
+             Tensor rows, Tensor columns, Tensor grad_rows, Tensor grad_columns, std::optional<Tensor> multiplier,
+             int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end, bool mirror, Tensor out,
+             int64_t stream) {
   cuda::WeightsArguments call{};
   call.s = similarity(a, b, scale, shift, target, self_offset);
   call.plan = make_plan(terms, symmetric, target.has_value());
@@ -165,7 +180,8 @@ void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std:
                   "out must have a's dtype and room for whole tiles");
   call.out = static_cast<unsigned char*>(out.mutable_data_ptr());
   call.out_pitch = panel.pitch;
-  check(cuda::weights(dtype(a, high_precision), call, reinterpret_cast<void*>(stream)));
+  const cuda::Dtype type = dtype(a, high_precision);
+  check(cuda::weights(type, path(type, hopper), call, reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace
@@ -173,10 +189,10 @@ void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std:
 STABLE_TORCH_LIBRARY(fastcl_cuda, m) {
   m.def(
       "statistics(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, int self_offset, float flag_below, "
-      "Tensor terms, bool symmetric, bool high_precision, int stream) -> (Tensor, Tensor)");
+      "Tensor terms, bool symmetric, bool high_precision, bool hopper, int stream) -> (Tensor, Tensor)");
   m.def(
       "weights(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, int self_offset, float flag_below, "
-      "Tensor terms, bool symmetric, bool high_precision, Tensor rows, Tensor columns, Tensor grad_rows, "
+      "Tensor terms, bool symmetric, bool high_precision, bool hopper, Tensor rows, Tensor columns, Tensor grad_rows, "
       "Tensor grad_columns, Tensor? multiplier, int row_begin, int row_end, int column_begin, int column_end, "
       "bool mirror, Tensor(a!) out, int stream) -> ()");
 }
@@ -193,11 +209,12 @@ PyModuleDef module = {
 
 }  // namespace
 
-// What a caller has to know: the type of the operators' device, and their limits.
+// What a caller has to know: the type of the operators' device, whether the Hopper kernels are there, and limits.
 PyMODINIT_FUNC PyInit__cuda(void) {
   PyObject* const self = PyModule_Create(&module);
   if (self == nullptr || PyModule_AddStringConstant(self, "DEVICE", kDevice) != 0 ||
       PyModule_AddIntConstant(self, "TILE", cuda::kTile) != 0 ||
+      PyModule_AddIntConstant(self, "HAS_HOPPER", kHasHopper) != 0 ||
       PyModule_AddIntConstant(self, "ALIGNMENT", cuda::kChunkBytes) != 0 ||
       PyModule_AddIntConstant(self, "MOST_TERMS", cuda::kMostTerms) != 0 ||
       PyModule_AddIntConstant(self, "MOST_ROWS", cuda::kMostRows) != 0) {

@@ -1,7 +1,8 @@
 """The CUDA kernels compiled by nvcc, which needs no GPU: registers, spills, instructions, and how many blocks fit.
 
-csrc/cuda/engine.cu has all instantiations. Nothing may spill, the operands must come by asynchronous copies and
-ldmatrix, and the products must be those of the tensor cores in each kernel's precision.
+csrc/cuda/engine.cu has all instantiations of the portable kernels: their operands must come by asynchronous copies and
+ldmatrix, and the products must be those of the tensor cores in each kernel's precision. csrc/cuda/hopper.cu has those
+for sm_90a, whose operands must come by TMA and whose products must be wgmma's. Nothing may spill.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ PRECISIONS = {
     "Tf32x3": r"HMMA\.1688\.F32\.TF32",
 }
 """The kernels' template argument, and the instruction of its products."""
+
+HOPPER_PRECISIONS = {"BFloat16": r"HGMMA\.64x128x16\.F32\.BF16", "Float16": r"HGMMA\.64x128x16\.F32 "}
+HOPPER_REGISTERS = 65_536 // 384 // 8 * 8
+"""What each of a block's 384 threads begins with."""
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+"""What they go on with."""
+MOST_SHARED_BYTES = 232_448
 
 BLOCKS = {("sweep", "Tf32x3"): 1, ("weights", "Tf32x3"): 1} | {("redo", precision): 1 for precision in PRECISIONS}
 """Blocks that an SM of compute capability 8.0 or 9.0 holds, where not 2."""
@@ -61,33 +69,43 @@ class Kernel(NamedTuple):
 def _run(*command: object) -> str:
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def _kernels(cubin: Path) -> Iterator[Kernel]:
     usage = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+)", _run(CUOBJDUMP, "-res-usage", cubin))
     bodies = dict(re.findall(r"Function : (\w+)\n(.*?)\n\s*\.{10}", _run(CUOBJDUMP, "-sass", cubin), re.DOTALL))
     for symbol, registers, stack in usage:
-        name = re.search(r"([a-z]+)_kernel", symbol).group(1)
+        name = ("hopper_" if "6hopper" in symbol else "") + re.search(r"([a-z]+)_kernel", symbol).group(1)
         precision = re.search(r"INS0_\d+(\w+?)E", symbol)
         yield Kernel(name, precision.group(1) if precision else "", int(registers), int(stack), bodies[symbol])
 
 
+def _compile(name: str, architecture: str, folder: Path) -> tuple[list[Kernel], str]:
+    """The kernels of a file in csrc/cuda, and what the compiler said."""
+    cubin = folder / f"{name}_{architecture}.cubin"
+    target = f"arch=compute_{architecture},code=sm_{architecture}"
+    flags = ("-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-gencode", target)
+    said = _run("nvcc", *flags, "-o", cubin, ROOT / "csrc" / "cuda" / f"{name}.cu")
+    return list(_kernels(cubin)), said
+
+
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Kernel]]:
-    """``kernels(architecture)`` compiles all of them, once."""
+    """``kernels(architecture)`` compiles all of the portable ones, once."""
     found: dict[str, list[Kernel]] = {}
 
     def of(architecture: str) -> list[Kernel]:
         if architecture not in found:
-            cubin = tmp_path_factory.mktemp("cuda") / f"sm_{architecture}.cubin"
-            target = f"arch=compute_{architecture},code=sm_{architecture}"
-            source = ROOT / "csrc" / "cuda" / "engine.cu"
-            _run("nvcc", "-std=c++17", "-O3", "-DNDEBUG", "-cubin", "-gencode", target, "-o", cubin, source)
-            found[architecture] = list(_kernels(cubin))
+            found[architecture] = _compile("engine", architecture, tmp_path_factory.mktemp("cuda"))[0]
         return found[architecture]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Kernel], str]:
+    return _compile("hopper", "90a", tmp_path_factory.mktemp("cuda"))
 
 
 @pytest.mark.slow
@@ -101,7 +119,7 @@ def test_every_instantiation_is_there(architecture: str, kernels: Callable[[str]
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_spills(architecture: str, kernels: Callable[[str], list[Kernel]]) -> None:
-    assert [k[:4] for k in kernels(architecture) if k.stack or re.search(r"\b(STL|LDL)\b", k.instructions)] == []
+    assert _spilling(kernels(architecture)) == []
 
 
 @pytest.mark.slow
@@ -119,39 +137,84 @@ def test_products_and_copies(architecture: str, kernels: Callable[[str], list[Ke
 
 
 @pytest.mark.slow
+def test_hopper(hopper: tuple[list[Kernel], str]) -> None:
+    """Products in the order they were written in, too: ptxas says so where it has to wait for each by itself."""
+    compiled, said = hopper
+    names = Counter((kernel.name, kernel.precision) for kernel in compiled)
+    assert names == {(name, p): 1 for name in ("hopper_sweep", "hopper_weights") for p in HOPPER_PRECISIONS}
+    assert _spilling(compiled) == []
+    assert "wgmma" not in said, said
+    for kernel in compiled:
+        assert kernel.registers <= HOPPER_REGISTERS, kernel[:4]
+        for instruction, count in {
+            HOPPER_PRECISIONS[kernel.precision]: 8,
+            r"UTMALDG\.2D": 2,
+            r"USETMAXREG\.DEALLOC": 1,
+            r"USETMAXREG\.TRY_ALLOC": 1,
+            r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT": 2,
+            r"BAR\.ARV": 1,
+        }.items():
+            assert len(re.findall(instruction, kernel.instructions)) >= count, (kernel[:4], instruction)
+        assert not re.search(r"(?<![.\w])(ATOM|ATOMG|RED|HMMA|LDGSTS)\b", kernel.instructions), kernel[:4]
+        assert _highest_register(kernel.instructions) < CONSUMER_REGISTERS, kernel[:4]
+        producer = re.search(r"USETMAXREG\.DEALLOC.*?\bEXIT\b", kernel.instructions, re.DOTALL)[0]
+        assert "UTMALDG" in producer, kernel[:4]
+        assert _highest_register(producer) < PRODUCER_REGISTERS, kernel[:4]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to ask cuda_occupancy.h with")
-def test_blocks_on_an_sm(tmp_path: Path, kernels: Callable[[str], list[Kernel]], record_property: Callable) -> None:
+def test_blocks_on_an_sm(
+    tmp_path: Path,
+    kernels: Callable[[str], list[Kernel]],
+    hopper: tuple[list[Kernel], str],
+    record_property: Callable,
+) -> None:
     """By capability; where shared memory is 100 KB, one block must still fit."""
     # nvcc may be a script that starts the toolkit's.
     include = re.search(r"#\$ INCLUDES=\"-I([^\"]+)\"", _dry_run()).group(1)
     program = tmp_path / "occupancy"
-    flags = ("-std=c++17", "-Wno-unknown-pragmas", f"-I{ROOT / 'tests' / 'cpp'}", f"-I{include}")
+    flags = ("-std=c++17", "-Wno-unknown-pragmas", "-Wno-psabi", f"-I{ROOT / 'tests' / 'cpp'}", f"-I{include}")
     _run("g++", *flags, "-o", program, ROOT / "tests" / "cpp" / "cuda_occupancy.cpp")
     asked = [(c, k) for c, arch in ((80, "80"), (89, "80"), (90, "90a")) for k in kernels(arch)]
+    asked += [(90, kernel) for kernel in hopper[0]]
     lines = "".join(f"{capability} {kernel.name} {kernel.registers}\n" for capability, kernel in asked)
     answers = subprocess.run([program], input=lines, capture_output=True, text=True, check=True).stdout.splitlines()
     for (capability, kernel), answer in zip(asked, answers, strict=True):
         blocks, shared = map(int, answer.split())
         record_property(f"{kernel.name} {kernel.precision} sm_{capability}", (kernel.registers, shared, blocks))
-        if kernel.name != "combine":
+        if kernel.name.startswith("hopper"):
+            assert blocks == 1, kernel[:4]
+            assert shared <= MOST_SHARED_BYTES, kernel[:4]
+        elif kernel.name != "combine":
             assert blocks == (1 if capability == 89 else BLOCKS.get((kernel.name, kernel.precision), 2)), kernel[:4]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to build the bindings with")
 def test_the_extension_builds_and_loads(tmp_path: Path) -> None:
-    """With any torch, whose device it then misses."""
+    """With any torch, whose device it then misses; for 9.0 with its own kernels and the portable ones."""
     for name in ("csrc", "fastcl"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    environment = os.environ | {"FASTCL_BUILD": "0", "FASTCL_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0"}
+    environment = os.environ | {"FASTCL_BUILD": "0", "FASTCL_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
     environment["PYTHONPATH"] = str(tmp_path)
     run = partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True)
     built = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"])
     assert built.returncode == 0, built.stdout + built.stderr
-    loaded = run([sys.executable, "-c", "from fastcl.backends import cuda; print(cuda.unavailable())"])
-    assert loaded.stdout.strip() == ("None" if torch.cuda.is_available() else "there is no CUDA device"), loaded.stderr
+    program = "from fastcl.backends import cuda; print(cuda.unavailable()); print(cuda._extension().HAS_HOPPER)"
+    loaded = run([sys.executable, "-c", program])
+    unavailable = "None" if torch.cuda.is_available() else "there is no CUDA device"
+    assert loaded.stdout.splitlines() == [unavailable, "1"], loaded.stderr
+
+
+def _highest_register(instructions: str) -> int:
+    return max(map(int, re.findall(r"\bR(\d+)\b", instructions)))
+
+
+def _spilling(kernels: list[Kernel]) -> list[tuple]:
+    return [k[:4] for k in kernels if k.stack or re.search(r"\b(STL|LDL)\b", k.instructions)]
 
 
 def _dry_run() -> str:

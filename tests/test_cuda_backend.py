@@ -57,6 +57,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         "-shared",
         "-fPIC",
         "-Wno-unknown-pragmas",
+        "-Wno-psabi",
         "-DTORCH_TARGET_VERSION=0x020B000000000000",
     )
     link = (f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu")
@@ -82,6 +83,11 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         cuda._load.cache_clear()
         yield
     cuda._load.cache_clear()
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", "hopper")
 
 
 def make(plan: Plan, n: int, m: int, dim: int, dtype: torch.dtype, scale: float) -> Operands:
@@ -124,6 +130,40 @@ def test_several_panels(plan: Plan, dtype: torch.dtype, tolerance: float) -> Non
         check_gradient(plan, operands, tolerance)
 
 
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_hopper_agrees_with_float64(loss: Loss, dtype: torch.dtype) -> None:
+    check_against_float64(loss, 75, 33, dtype, "cuda")
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+@pytest.mark.parametrize("plan", [SYMMETRIC, BOTH_AXES], ids=["symmetric", "both-axes"])
+def test_several_panels_on_hopper(plan: Plan, dtype: torch.dtype, tolerance: float) -> None:
+    operands = make(plan, 300, 300 if plan.symmetric else 190, 20, dtype, 12.0)
+    with tuning.override(workspace_bytes=128 * 256 * operands.a.element_size()):
+        check_gradient(plan, operands, tolerance)
+
+
+def test_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both can be forced; only a GPU of compute capability 9.0 takes the Hopper kernels by itself, float32 never."""
+    half, single = torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 8)
+    monkeypatch.delenv("FASTCL_CUDA_KERNELS", raising=False)
+    assert not cuda._takes_hopper(half)
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", "portable")
+    assert not cuda._takes_hopper(half)
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", "hopper")
+    assert cuda._takes_hopper(half)
+    assert not cuda._takes_hopper(single)
+    monkeypatch.setattr(cuda._extension(), "HAS_HOPPER", 0)
+    with pytest.raises(ValueError, match=r"not built for compute capability 9\.0"):
+        cuda._takes_hopper(half)
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", "blackwell")
+    with pytest.raises(ValueError, match="FASTCL_CUDA_KERNELS must be one of portable, hopper, got 'blackwell'"):
+        cuda._takes_hopper(half)
+
+
 def test_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_float32_matmul_precision()
     operands = make(BOTH_AXES, 60, 70, 24, torch.float32, 1.0)
@@ -143,8 +183,9 @@ def test_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda x: x.repeat(2, 2)[: len(x), : x.shape[1]],
         lambda x: x.t().contiguous().t(),
         lambda x: x.view(-1)[1:-19].view(-1, 20),
+        lambda x: x[:1].expand(len(x), -1),
     ],
-    ids=["pitch", "transposed", "unaligned"],
+    ids=["pitch", "transposed", "unaligned", "expanded"],
 )
 def test_rows_that_copies_cannot_read(change, monkeypatch: pytest.MonkeyPatch) -> None:
     operands = make(BOTH_AXES, 40, 50, 20, torch.bfloat16, 10.0)

@@ -29,6 +29,7 @@ from tests.test_one_sweep import ALONG_ROWS, NO_POSITIVE, found_gradients, judge
 pytestmark = pytest.mark.gpu
 
 ON_GPU = available_backends("cuda") if torch.cuda.is_available() else ["triton"]
+OF_EACH_SHAPE = [loss for loss in LOSSES if loss.name in ("nt_xent", "info_nce_target", "clip")]
 ENGINES = [name for name in ON_GPU if name in ("triton", "cuda")]
 
 
@@ -63,6 +64,18 @@ ON_ENGINES = [loss for loss in LOSSES if "triton" in loss.backends]
 def test_larger_and_colder(loss: Loss, dtype: torch.dtype, backend: str) -> None:
     require(loss, backend, "cuda")
     check_against_float64(loss, 3001, 200, dtype, backend, tau=0.01, device="cuda")
+
+
+@pytest.mark.skipif("cuda" not in ON_GPU, reason="the backend cuda is not available")
+@pytest.mark.parametrize("path", ["portable", "hopper"])
+@pytest.mark.parametrize("depth", [40, 250, 520])
+@pytest.mark.parametrize("loss", OF_EACH_SHAPE, ids=lambda loss: loss.name)
+def test_both_paths_of_cuda(loss: Loss, depth: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a Hopper sweep keeps in shared memory and deeper ones, and the portable kernels on the same device."""
+    if path == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip(f"{torch.cuda.get_device_name()} does not have compute capability 9.0")
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", path)
+    check_against_float64(loss, 3001, depth, torch.bfloat16, "cuda", tau=0.05, device="cuda")
 
 
 @pytest.mark.parametrize("backend", ENGINES)

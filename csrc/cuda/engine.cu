@@ -1,46 +1,40 @@
-// All instantiations of the kernels and their launches.
-#include <cuda_runtime_api.h>
-
+// All instantiations of the portable kernels and their launches, and the choice between them and Hopper's.
+#include "hopper.h"
 #include "launch.h"
+#include "launcher.h"
 
 namespace fastcl::cuda {
-namespace {
 
-class Launcher {
- public:
-  explicit Launcher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {}
+#if !defined(FASTCL_HOPPER)
+namespace hopper {
+int sweep(Dtype, const SweepArguments&, void*) { return cudaErrorNoKernelImageForDevice; }
+int weights(Dtype, const WeightsArguments&, void*) { return cudaErrorNoKernelImageForDevice; }
+}  // namespace hopper
+#endif
 
-  template <class Arguments>
-  void operator()(void (*kernel)(Arguments), int blocks, size_t shared_bytes, const Arguments& arguments) {
-    if (error != cudaSuccess) return;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return;
-    kernel<<<blocks, kThreads, shared_bytes, stream_>>>(arguments);
-    error = cudaGetLastError();
-  }
-
-  cudaError_t error = cudaSuccess;
-
- private:
-  cudaStream_t stream_;
-};
-
-}  // namespace
-
-int statistics(Dtype dtype, const StatisticsCall& call, void* stream) {
-  Launcher launch(stream);
+int statistics(Dtype dtype, Path path, const StatisticsCall& call, void* stream) {
+  Launcher launcher(stream);
+  const auto launch = [&](auto... arguments) { launcher(arguments...); };
+  const SweepArguments sweep = sweep_arguments(call, kMostSuperTiles);
   for_precision(dtype, [&](auto precision) {
-    launch_statistics<decltype(precision)>(call, kMostSuperTiles, [&](auto... arguments) { launch(arguments...); });
+    using Precision = decltype(precision);
+    if (path == Path::kHopper) {
+      launcher.error = static_cast<cudaError_t>(hopper::sweep(dtype, sweep, stream));
+    } else {
+      launch_sweep<Precision>(sweep, launch);
+    }
+    launch_finish<Precision>(call, sweep, launch);
   });
-  return launch.error;
+  return launcher.error;
 }
 
-int weights(Dtype dtype, const WeightsArguments& call, void* stream) {
-  Launcher launch(stream);
+int weights(Dtype dtype, Path path, const WeightsArguments& call, void* stream) {
+  if (path == Path::kHopper) return hopper::weights(dtype, call, stream);
+  Launcher launcher(stream);
   for_precision(dtype, [&](auto precision) {
-    launch_weights<decltype(precision)>(call, [&](auto... arguments) { launch(arguments...); });
+    launch_weights<decltype(precision)>(call, [&](auto... arguments) { launcher(arguments...); });
   });
-  return launch.error;
+  return launcher.error;
 }
 
 }  // namespace fastcl::cuda

@@ -9,6 +9,10 @@ namespace fastcl::cuda {
 
 enum class Dtype : int8_t { kBFloat16, kFloat16, kTf32, kTf32x3 };
 
+// Which kernels: those for any compute capability from 8.0 up, or those for 9.0, which take bfloat16 and float16 and
+// are there where they were compiled (hopper.h).
+enum class Path : int8_t { kPortable, kHopper };
+
 struct Workspace {
   int64_t row_partials;     // float32 numbers
   int64_t column_partials;  // of a symmetric plan 0
@@ -32,7 +36,7 @@ struct StatisticsCall {
 };
 
 // Each returns the first launch's CUDA error, 0 for none.
-int statistics(Dtype dtype, const StatisticsCall& call, void* stream);
-int weights(Dtype dtype, const WeightsArguments& call, void* stream);
+int statistics(Dtype dtype, Path path, const StatisticsCall& call, void* stream);
+int weights(Dtype dtype, Path path, const WeightsArguments& call, void* stream);
 
 }  // namespace fastcl::cuda

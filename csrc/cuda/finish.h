@@ -83,16 +83,16 @@ redo_kernel(FASTCL_PARAMETER(RedoArguments) x) {
   if (!any_thread(flagged)) return;
 
   const float scale_log2 = *x.s.scale * kLog2E;
-  RunningSum sums[kOwn];
+  RunningSum sums[BlockTeam::kRows];
   for_each_tile<Precision>(x.s.operands, RowWalk(own0, x.s.operands.b.count), memory.stages,
                            [&](const RowWalk& tile, Accumulators& values) {
 #pragma unroll
-                             for (int u = 0; u < kOwn; ++u) {
-                               const int here = tile.i() + own_row(thread_index(), u);
+                             for (int u = 0; u < BlockTeam::kRows; ++u) {
+                               const int here = tile.i() + BlockTeam::row(thread_index(), u);
                                float largest = -kInfinity;
 #pragma unroll
-                               for (int v = 0; v < kOwn; ++v) {
-                                 const int there = tile.j() + own_column(thread_index(), v);
+                               for (int v = 0; v < BlockTeam::kColumns; ++v) {
+                                 const int there = tile.j() + BlockTeam::column(thread_index(), v);
                                  const int i = x.own_is_row ? here : there;
                                  const int j = x.own_is_row ? there : here;
                                  const int target = x.s.target != nullptr && i < x.s.shape.rows ? x.s.target[i] : -1;
@@ -103,17 +103,18 @@ redo_kernel(FASTCL_PARAMETER(RedoArguments) x) {
                                sums[u].raise(largest);
                                const float base = sums[u].largest == -kInfinity ? 0.0f : sums[u].largest;
 #pragma unroll
-                               for (int v = 0; v < kOwn; ++v) sums[u].total += exp2_fast(values.at(u, v) - base);
+                               for (int v = 0; v < BlockTeam::kColumns; ++v)
+                                 sums[u].total += exp2_fast(values.at(u, v) - base);
                              }
                            });
 #pragma unroll
-  for (int u = 0; u < kOwn; ++u) {
+  for (int u = 0; u < BlockTeam::kRows; ++u) {
 #pragma unroll
     for (int bit = 2; bit >= 1; bit /= 2) {
       sums[u].add({shuffle_xor(sums[u].largest, bit), shuffle_xor(sums[u].total, bit)});
     }
     if (lane_of(thread_index()) % 4 == 0) {
-      memory.sums[warp_across(thread_index())][own_row(thread_index(), u)] = sums[u];
+      memory.sums[warp_across(thread_index())][BlockTeam::row(thread_index(), u)] = sums[u];
     }
   }
   sync_threads();

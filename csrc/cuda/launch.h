@@ -1,5 +1,5 @@
-// Which kernels there are, which a call takes, in which order and with how many blocks. `launch(kernel, blocks, shared
-// bytes, arguments)` is CUDA's for the engine and the emulation's for the tests.
+// Which portable kernels there are, which a call takes, in which order and with how many blocks. `launch(kernel,
+// blocks, threads, shared bytes, arguments)` is CUDA's for the engine and the emulation's for the tests.
 #pragma once
 
 #include "engine.h"
@@ -29,33 +29,44 @@ void finish_axis(const Similarity& s, bool own_is_row, const Terms& terms, int s
                  float flag_below, float* out, Launch launch) {
   if (terms.count == 0) return;
   const int count = s.operands.a.count;
-  launch(combine_kernel, combine_blocks(count), 0, CombineArguments{partials, s.shift, out, terms, slots, count});
+  launch(combine_kernel, combine_blocks(count), kThreads, 0,
+         CombineArguments{partials, s.shift, out, terms, slots, count});
   for (int t = 0; t < terms.count; ++t) {
     if (terms.at[t].reduce != Reduce::kLogSumExp) continue;
-    launch(redo_kernel<Precision>, static_cast<int>(ceil_div(count, kTile)), sizeof(RedoMemory),
+    launch(redo_kernel<Precision>, static_cast<int>(ceil_div(count, kTile)), kThreads, sizeof(RedoMemory),
            RedoArguments{s, terms.at[t], own_is_row, flag_below, out + static_cast<int64_t>(t) * count});
   }
 }
 
+inline SweepArguments sweep_arguments(const StatisticsCall& call, int64_t most) {
+  return {call.s,
+          call.plan,
+          super_axis(call.s.shape.rows, most),
+          super_axis(call.s.shape.columns, most),
+          call.row_partials,
+          call.plan.symmetric ? call.row_partials : call.column_partials};
+}
+
 template <class Precision, class Launch>
-void launch_statistics(const StatisticsCall& call, int64_t most, Launch launch) {
-  const SuperAxis rows = super_axis(call.s.shape.rows, most);
-  const SuperAxis columns = super_axis(call.s.shape.columns, most);
-  float* const column_partials = call.plan.symmetric ? call.row_partials : call.column_partials;
-  launch(sweep_kernel<Precision>, super_tiles(rows, columns, call.plan.symmetric), sizeof(SweepMemory),
-         SweepArguments{call.s, call.plan, rows, columns, call.row_partials, column_partials});
-  finish_axis<Precision>(call.s, true, call.plan.rows, columns.slots, call.row_partials, call.flag_below, call.rows,
+void launch_sweep(const SweepArguments& x, Launch launch) {
+  launch(sweep_kernel<Precision>, super_tiles(x.rows, x.columns, x.plan.symmetric), kThreads, sizeof(SweepMemory), x);
+}
+
+// What follows a sweep, whichever kernel made it.
+template <class Precision, class Launch>
+void launch_finish(const StatisticsCall& call, const SweepArguments& x, Launch launch) {
+  finish_axis<Precision>(call.s, true, call.plan.rows, x.columns.slots, x.row_partials, call.flag_below, call.rows,
                          launch);
   if (call.plan.symmetric) return;
   Similarity turned = call.s;
   turned.operands = {call.s.operands.b, call.s.operands.a, call.s.operands.depth_bytes};
-  finish_axis<Precision>(turned, false, call.plan.columns, rows.slots, column_partials, call.flag_below, call.columns,
-                         launch);
+  finish_axis<Precision>(turned, false, call.plan.columns, x.rows.slots, x.column_partials, call.flag_below,
+                         call.columns, launch);
 }
 
 template <class Precision, class Launch>
 void launch_weights(const WeightsArguments& call, Launch launch) {
-  launch(weights_kernel<Precision>, panel_tiles(call.panel), sizeof(WeightsMemory), call);
+  launch(weights_kernel<Precision>, panel_tiles(call.panel), kThreads, sizeof(WeightsMemory), call);
 }
 
 }  // namespace fastcl::cuda

@@ -14,10 +14,6 @@ constexpr int kMostSuperTiles = 32;
 // Indices of rows and columns are 32 bits wide, also one tile beyond the last; whatever they are multiplied by is 64.
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 1 - kTile;
 
-FASTCL_HOST_DEVICE int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-FASTCL_HOST_DEVICE int smaller(int x, int y) { return x < y ? x : y; }
-FASTCL_HOST_DEVICE int larger(int x, int y) { return x > y ? x : y; }
-
 // The super-tiles of one axis.
 struct SuperAxis {
   int count;  // rows or columns
@@ -94,6 +90,13 @@ class SuperTileWalk {
   int i_;
   int j_;
 };
+
+// How many these are.
+FASTCL_HOST_DEVICE int64_t tiles_of(SuperTile at, const SuperAxis& rows, const SuperAxis& columns, bool symmetric) {
+  const int64_t down = ceil_div(rows.end(at.r) - rows.begin(at.r), kTile);
+  const int64_t across = ceil_div(columns.end(at.c) - columns.begin(at.c), kTile);
+  return symmetric && at.r == at.c ? down * (down + 1) / 2 : down * across;
+}
 
 // All tiles of the rows from i on.
 class RowWalk {

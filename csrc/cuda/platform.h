@@ -16,3 +16,11 @@
 #define FASTCL_KERNEL(threads, blocks_per_sm) inline void
 #define FASTCL_PARAMETER(type) const type
 #endif
+
+namespace fastcl::cuda {
+
+FASTCL_HOST_DEVICE constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+FASTCL_HOST_DEVICE constexpr int smaller(int x, int y) { return x < y ? x : y; }
+FASTCL_HOST_DEVICE constexpr int larger(int x, int y) { return x > y ? x : y; }
+
+}  // namespace fastcl::cuda

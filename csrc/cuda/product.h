@@ -16,6 +16,15 @@ struct Accumulators {
   FASTCL_DEVICE float at(int u, int v) const { return products[u / 2][v / 2][u % 2 * 2 + v % 2]; }
 };
 
+// A block's threads, all of which share a tile.
+struct BlockTeam : BlockFragments {
+  using Accumulators = cuda::Accumulators;
+
+  FASTCL_DEVICE static int thread() { return thread_index(); }
+  FASTCL_DEVICE static void sync() { sync_threads(); }
+  FASTCL_DEVICE static bool any(bool predicate) { return any_thread(predicate); }
+};
+
 // This thread's share of the copies from memory into stages.
 template <class Walk>
 class Loader {

@@ -6,6 +6,7 @@
 // involution.
 #pragma once
 
+#include "product.h"
 #include "reduce.h"
 
 namespace fastcl::cuda {
@@ -25,10 +26,11 @@ struct SweepArguments {
   float* column_partials;  // [column terms, rows.slots, columns.count]; of a symmetric plan the same
 };
 
-struct SweepMemory {
-  alignas(128) unsigned char stages[kStages * kStageBytes];
-  float rows[kMostTerms][kWarpsAcross][kTile];
-  float columns[kMostTerms][kWarpsDown][kTile];
+// What a team has of a tile's sums in shared memory, by those of its warps that share a row or a column.
+template <class Team>
+struct TileSums {
+  float rows[kMostTerms][Team::kWarpsAcross][kTile];
+  float columns[kMostTerms][Team::kWarpsDown][kTile];
   int row_targets[kTile];
   int column_targets[kTile];
 };
@@ -41,23 +43,22 @@ FASTCL_HOST_DEVICE float merge(Reduce reduce, float x, float y) {
 // At a masked tile a term looks pair by pair; at any other a dense term counts every pair, and a sparse one none.
 FASTCL_HOST_DEVICE bool contributes(const PairTerm& term, bool masked) { return masked || is_dense(term); }
 
-// One of a block's walks over a super-tile.
+// A team's walks over super-tiles.
+template <class Team>
 class Sweep {
  public:
-  FASTCL_DEVICE Sweep(const SweepArguments& x, SweepMemory& memory)
-      : x_(x), memory_(memory), at_(super_tile(block_index(), x.columns, x.plan.symmetric)) {}
+  using Accumulators = typename Team::Accumulators;
 
-  FASTCL_DEVICE SuperTileWalk walk() const { return {at_, x_.rows, x_.columns, x_.plan.symmetric}; }
-
-  FASTCL_DEVICE void begin() {
+  FASTCL_DEVICE Sweep(const SweepArguments& x, TileSums<Team>& memory) : x_(x), memory_(memory) {
     for (int t = 0; t < x_.plan.rows.count; ++t) {
-      for (int k = thread_index(); k < kWarpsAcross * kTile; k += kThreads) {
+      for (int k = Team::thread(); k < Team::kWarpsAcross * kTile; k += Team::kThreads) {
         memory_.rows[t][k / kTile][k % kTile] = nothing(x_.plan.rows.at[t].reduce);
       }
     }
   }
 
-  FASTCL_DEVICE void reduce_tile(const SuperTileWalk& tile, Accumulators& values) {
+  // Between two calls, and before the first, the team has met.
+  FASTCL_DEVICE void reduce_tile(SuperTile at, const SuperTileWalk& tile, Accumulators& values) {
     const int i0 = tile.i();
     const int j0 = tile.j();
     const bool mirrored = x_.plan.symmetric && i0 < j0;
@@ -68,9 +69,9 @@ class Sweep {
     } else {
       reduce_terms<false>(i0, j0, along_columns, values);
     }
-    if (along_columns || tile.ends_row()) sync_threads();
-    if (along_columns) flush_columns(i0, j0, masked);
-    if (tile.ends_row()) flush_rows(i0);
+    if (along_columns || tile.ends_row()) Team::sync();
+    if (along_columns) flush_columns(at, i0, j0, masked);
+    if (tile.ends_row()) flush_rows(at, i0);
   }
 
  private:
@@ -80,17 +81,20 @@ class Sweep {
     bool found = i0 > shape.rows - kTile || j0 > shape.columns - kTile;
     if (x_.plan.uses_self) found |= has_self_pair(shape, i0, j0, kTile);
     if (!x_.plan.uses_target) return found;
-    const int k = thread_index() % kTile;
-    if (thread_index() < kTile) {
-      const int target = i0 + k < shape.rows ? x_.s.target[i0 + k] : -1;
-      memory_.row_targets[k] = target;
-      found |= target >= j0 && target - j0 < kTile;
-    } else if (mirrored) {
-      const int target = j0 + k < shape.columns ? x_.s.target[j0 + k] : -1;
-      memory_.column_targets[k] = target;
-      found |= target >= i0 && target - i0 < kTile;
+#pragma unroll
+    for (int axis = Team::thread() / kTile; axis < 2; axis += Team::kThreads / kTile) {
+      const int k = Team::thread() % kTile;
+      if (axis == 0) {
+        const int target = i0 + k < shape.rows ? x_.s.target[i0 + k] : -1;
+        memory_.row_targets[k] = target;
+        found |= target >= j0 && target - j0 < kTile;
+      } else if (mirrored) {
+        const int target = j0 + k < shape.columns ? x_.s.target[j0 + k] : -1;
+        memory_.column_targets[k] = target;
+        found |= target >= i0 && target - i0 < kTile;
+      }
     }
-    return any_thread(found);
+    return Team::any(found);
   }
 
   // Sums and maxima of S first; then the exponentials take its place.
@@ -101,16 +105,16 @@ class Sweep {
     const float scale = *x_.s.scale;
     const float shift = shift_log2(x_.s);
 #pragma unroll
-    for (int u = 0; u < kOwn; ++u) {
+    for (int u = 0; u < Team::kRows; ++u) {
 #pragma unroll
-      for (int v = 0; v < kOwn; ++v) values.at(u, v) *= scale;
+      for (int v = 0; v < Team::kColumns; ++v) values.at(u, v) *= scale;
     }
     reduce_axes<kMasked, Add>(Reduce::kSum, pairs, along_columns, values);
     reduce_axes<kMasked, Largest>(Reduce::kMax, pairs, along_columns, values);
 #pragma unroll
-    for (int u = 0; u < kOwn; ++u) {
+    for (int u = 0; u < Team::kRows; ++u) {
 #pragma unroll
-      for (int v = 0; v < kOwn; ++v) values.at(u, v) = exp2_fast(values.at(u, v) * kLog2E - shift);
+      for (int v = 0; v < Team::kColumns; ++v) values.at(u, v) = exp2_fast(values.at(u, v) * kLog2E - shift);
     }
     reduce_axes<kMasked, Add>(Reduce::kLogSumExp, pairs, along_columns, values);
   }
@@ -119,67 +123,79 @@ class Sweep {
   template <bool kMasked, class Merge>
   FASTCL_DEVICE void reduce_axes(Reduce reduce, const TilePairs& pairs, bool along_columns,
                                  const Accumulators& values) {
-    const int thread = thread_index();
     for (int t = 0; t < x_.plan.rows.count; ++t) {
       const PairTerm term = x_.plan.rows.at[t];
       if (term.reduce != reduce || !contributes(term, kMasked)) continue;
-      const uint64_t counted = kMasked ? counted_pairs<kOwn>(term, pairs, false, thread, 0) : kAllPairs;
-      reduce_along_rows(Merge(), values, counted, memory_.rows[t][warp_across(thread)]);
+      const TeamPairs<Team> counted = counted_by<kMasked>(term, pairs, false);
+      reduce_along_rows<Team>(Merge(), values, counted, memory_.rows[t][Team::across(Team::thread())]);
     }
     for (int t = 0; along_columns && t < x_.plan.columns.count; ++t) {
       const PairTerm term = x_.plan.columns.at[t];
       if (term.reduce != reduce || !contributes(term, kMasked)) continue;
-      const uint64_t counted = kMasked ? counted_pairs<kOwn>(term, pairs, x_.plan.symmetric, thread, 0) : kAllPairs;
-      reduce_along_columns(Merge(), values, counted, memory_.columns[t][warp_down(thread)]);
+      const TeamPairs<Team> counted = counted_by<kMasked>(term, pairs, x_.plan.symmetric);
+      reduce_along_columns<Team>(Merge(), values, counted, memory_.columns[t][Team::down(Team::thread())]);
     }
   }
 
+  template <bool kMasked>
+  FASTCL_DEVICE static TeamPairs<Team> counted_by(const PairTerm& term, const TilePairs& pairs, bool turned) {
+    constexpr int kRows = Team::kRows, kColumns = Team::kColumns;
+    if (!kMasked) return all_pairs<kRows, kColumns>();
+    return counted_pairs<Team, kRows, kColumns>(term, pairs, turned, Team::thread(), 0, 0);
+  }
+
   // The same thread writes a column's partial results for all tiles above one another, and a row's: no fence is needed.
-  FASTCL_DEVICE void flush_columns(int i0, int j0, bool masked) {
-    const int k = thread_index();
+  FASTCL_DEVICE void flush_columns(SuperTile at, int i0, int j0, bool masked) {
+    const int k = Team::thread();
     if (k >= kTile || j0 + k >= x_.columns.count) return;
-    const bool first = begins_columns(at_, x_.rows, i0);
+    const bool first = begins_columns(at, x_.rows, i0);
     for (int t = 0; t < x_.plan.columns.count; ++t) {
       const PairTerm term = x_.plan.columns.at[t];
       const bool has_part = contributes(term, masked);
       if (!has_part && !first) continue;
       float value = nothing(term.reduce);
-      for (int w = 0; has_part && w < kWarpsDown; ++w) value = merge(term.reduce, value, memory_.columns[t][w][k]);
-      float& partial = x_.column_partials[partial_index(t, at_.r, int64_t{j0} + k, x_.rows.slots, x_.columns.count)];
+      for (int w = 0; has_part && w < Team::kWarpsDown; ++w)
+        value = merge(term.reduce, value, memory_.columns[t][w][k]);
+      float& partial = x_.column_partials[partial_index(t, at.r, int64_t{j0} + k, x_.rows.slots, x_.columns.count)];
       partial = first ? value : merge(term.reduce, partial, value);
     }
   }
 
-  FASTCL_DEVICE void flush_rows(int i0) {
-    const int k = thread_index();
+  FASTCL_DEVICE void flush_rows(SuperTile at, int i0) {
+    const int k = Team::thread();
     if (k >= kTile) return;
-    const bool first = begins_rows(at_, x_.rows, i0, x_.plan.symmetric);
+    const bool first = begins_rows(at, x_.rows, i0, x_.plan.symmetric);
     for (int t = 0; t < x_.plan.rows.count; ++t) {
       const PairTerm term = x_.plan.rows.at[t];
       float value = nothing(term.reduce);
-      for (int w = 0; w < kWarpsAcross; ++w) {
+      for (int w = 0; w < Team::kWarpsAcross; ++w) {
         value = merge(term.reduce, value, memory_.rows[t][w][k]);
         memory_.rows[t][w][k] = nothing(term.reduce);
       }
       if (i0 + k >= x_.rows.count) continue;
-      float& partial = x_.row_partials[partial_index(t, at_.c, int64_t{i0} + k, x_.columns.slots, x_.rows.count)];
+      float& partial = x_.row_partials[partial_index(t, at.c, int64_t{i0} + k, x_.columns.slots, x_.rows.count)];
       partial = first ? value : merge(term.reduce, partial, value);
     }
   }
 
   const SweepArguments& x_;
-  SweepMemory& memory_;
-  const SuperTile at_;
+  TileSums<Team>& memory_;
+};
+
+struct SweepMemory {
+  alignas(128) unsigned char stages[kStages * kStageBytes];
+  TileSums<BlockTeam> sums;
 };
 
 template <class Precision>
 FASTCL_KERNEL(kThreads, Precision::kBlocksPerSm)
 sweep_kernel(FASTCL_PARAMETER(SweepArguments) x) {
   SweepMemory& memory = *reinterpret_cast<SweepMemory*>(shared_memory());
-  Sweep sweep(x, memory);
-  sweep.begin();
-  for_each_tile<Precision>(x.s.operands, sweep.walk(), memory.stages,
-                           [&](const SuperTileWalk& tile, Accumulators& values) { sweep.reduce_tile(tile, values); });
+  Sweep<BlockTeam> sweep(x, memory.sums);
+  const SuperTile at = super_tile(block_index(), x.columns, x.plan.symmetric);
+  for_each_tile<Precision>(
+      x.s.operands, SuperTileWalk(at, x.rows, x.columns, x.plan.symmetric), memory.stages,
+      [&](const SuperTileWalk& tile, Accumulators& values) { sweep.reduce_tile(at, tile, values); });
 }
 
 }  // namespace fastcl::cuda

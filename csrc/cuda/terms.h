@@ -51,23 +51,49 @@ struct TilePairs {
   const int* column_targets;
 };
 
-// The pairs of a thread's rows u ... u + kRows - 1 that a term counts, in bit (u' - u) * kOwn + v; looked at from the
-// other side, (j, i) in place of (i, j), where `turned`. In a loop and not one by one with what is done with them,
-// which would need more registers than there are.
-template <int kRows>
-FASTCL_HOST_DEVICE uint64_t counted_pairs(const PairTerm& term, const TilePairs& tile, bool turned, int thread, int u) {
-  uint64_t bits = 0;
-#pragma unroll 1
-  for (int k = 0; k < kRows * kOwn; ++k) {
-    const int row = own_row(thread, u + k / kOwn);
-    const int column = own_column(thread, k % kOwn);
-    const int i = tile.i0 + row;
-    const int j = tile.j0 + column;
-    const bool counted = turned ? counts(term, tile.shape, j, i, tile.column_targets[column])
-                                : counts(term, tile.shape, i, j, tile.row_targets[row]);
-    bits |= static_cast<uint64_t>(counted) << k;
+// A bit for each of kRows x kColumns pairs.
+template <int kRows, int kColumns>
+struct PairSet {
+  static constexpr int kWords = (kRows * kColumns + 63) / 64;
+  uint64_t words[kWords];
+
+  FASTCL_HOST_DEVICE bool has(int u, int v) const {
+    return words[(u * kColumns + v) / 64] >> (u * kColumns + v) % 64 & 1;
   }
-  return bits;
+};
+
+template <int kRows, int kColumns>
+FASTCL_HOST_DEVICE PairSet<kRows, kColumns> all_pairs() {
+  PairSet<kRows, kColumns> all;
+#pragma unroll
+  for (uint64_t& word : all.words) word = ~uint64_t{0};
+  return all;
+}
+
+// The pairs of a thread's rows from u on and columns from v on that a term counts; looked at from the other side,
+// (j, i) in place of (i, j), where `turned`. In a loop and not one by one with what is done with them, which would need
+// more registers than there are.
+template <class Fragments, int kRows, int kColumns>
+FASTCL_HOST_DEVICE PairSet<kRows, kColumns> counted_pairs(const PairTerm& term, const TilePairs& tile, bool turned,
+                                                          int thread, int u, int v) {
+  PairSet<kRows, kColumns> set;
+#pragma unroll
+  for (int word = 0; word < set.kWords; ++word) {
+    uint64_t bits = 0;
+#pragma unroll 1
+    for (int bit = 0; bit < smaller(64, kRows * kColumns); ++bit) {
+      const int k = word * 64 + bit;
+      const int row = Fragments::row(thread, u + k / kColumns);
+      const int column = Fragments::column(thread, v + k % kColumns);
+      const int i = tile.i0 + row;
+      const int j = tile.j0 + column;
+      const bool counted = turned ? counts(term, tile.shape, j, i, tile.column_targets[column])
+                                  : counts(term, tile.shape, i, j, tile.row_targets[row]);
+      bits |= static_cast<uint64_t>(counted) << bit;
+    }
+    set.words[word] = bits;
+  }
+  return set;
 }
 
 inline Plan make_plan(const Terms& rows, const Terms& columns, bool symmetric) {

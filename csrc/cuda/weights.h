@@ -22,19 +22,21 @@ struct AxisFactors {
   int targets[kTile];
 };
 
-struct WeightsMemory {
-  alignas(128) unsigned char stages[kStages * kStageBytes];
+struct TileFactors {
   AxisFactors rows;
   AxisFactors columns;
 };
-static_assert(kTile * kTile * 4 <= kStages * kStageBytes, "a tile of W is staged where the operands were");
 
-template <class Precision>
+// A team's tiles of W. `staged` has room for one, on its way to memory.
+template <class Precision, class Team>
 class Weights {
  public:
-  FASTCL_DEVICE Weights(const WeightsArguments& x, WeightsMemory& memory)
-      : x_(x), memory_(memory), scale_log2_(*x.s.scale * kLog2E), shift_log2_(shift_log2(x.s)) {}
+  using Accumulators = typename Team::Accumulators;
 
+  FASTCL_DEVICE Weights(const WeightsArguments& x, TileFactors& memory, unsigned char* staged)
+      : x_(x), memory_(memory), staged_(staged), scale_log2_(*x.s.scale * kLog2E), shift_log2_(shift_log2(x.s)) {}
+
+  // Between two calls, and before the first, the team has met.
   FASTCL_DEVICE void write_tile(int i0, int j0, Accumulators& values) {
     if (find_exceptions(i0, j0)) {
       form<true>(i0, j0, values);
@@ -50,17 +52,30 @@ class Weights {
   }
 
  private:
+  static constexpr int kPartRows = Team::kPartRows;
+  static constexpr int kPartColumns = Team::kPartColumns;
+  using Part = float[kPartRows][kPartColumns];
+  using PartPairs = PairSet<kPartRows, kPartColumns>;
+
   // Whether anything in this tile is flagged or for a mask to look at; leaves the axes' factors in shared memory.
   FASTCL_DEVICE bool find_exceptions(int i0, int j0) {
-    const bool is_row = thread_index() < kTile;
-    const int k = thread_index() % kTile;
+    bool found = x_.plan.uses_self && has_self_pair(x_.s.shape, i0, j0, kTile);
+#pragma unroll
+    for (int axis = Team::thread() / kTile; axis < 2; axis += Team::kThreads / kTile) {
+      found |= prepare_factors(axis == 0, i0, j0);
+    }
+    return Team::any(found);
+  }
+
+  FASTCL_DEVICE bool prepare_factors(bool is_row, int i0, int j0) {
+    const int k = Team::thread() % kTile;
     const int first = is_row ? i0 : j0;
     const int count = is_row ? x_.s.shape.rows : x_.s.shape.columns;
     const Terms& terms = is_row ? x_.plan.rows : x_.plan.columns;
     const Statistics& statistics = is_row ? x_.rows : x_.columns;
     AxisFactors& factors = is_row ? memory_.rows : memory_.columns;
     const bool inside = first + k < count;
-    bool found = x_.plan.uses_self && has_self_pair(x_.s.shape, i0, j0, kTile);
+    bool found = false;
     for (int t = 0; t < terms.count; ++t) {
       const int64_t at = static_cast<int64_t>(t) * count + first + k;
       const float lse = inside ? statistics.values[at] : -kInfinity;
@@ -77,72 +92,83 @@ class Weights {
       factors.targets[k] = target;
       found |= target >= opposite && target - opposite < kTile;
     }
-    return any_thread(found);
+    return found;
   }
 
-  // S becomes W, 16 numbers at a time.
+  // S becomes W, a part at a time.
   template <bool kMasked>
   FASTCL_DEVICE void form(int i0, int j0, Accumulators& values) {
 #pragma unroll
-    for (int down = 0; down < kProductsDown; ++down) {
-      const TilePairs pairs{x_.s.shape, i0, j0, memory_.rows.targets, memory_.columns.targets};
-      float weights[2][kOwn] = {};
+    for (int u = 0; u < Team::kRows; u += kPartRows) {
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-#pragma unroll
-        for (int v = 0; v < kOwn; ++v) {
-          float& value = values.at(2 * down + k, v);
-          value = kMasked ? value * scale_log2_ : exp2_fast(value * scale_log2_ - shift_log2_);
-        }
-      }
-      for (int t = 0; t < x_.plan.rows.count; ++t) add_along_rows<kMasked>(t, pairs, down, values, weights);
-      for (int t = 0; t < x_.plan.columns.count; ++t) add_along_columns<kMasked>(t, pairs, down, values, weights);
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-#pragma unroll
-        for (int v = 0; v < kOwn; ++v) values.at(2 * down + k, v) = weights[k][v];
-      }
+      for (int v = 0; v < Team::kColumns; v += kPartColumns) form_part<kMasked>(i0, j0, u, v, values);
     }
     if (x_.multiplier == nullptr) return;
     const float multiplier = *x_.multiplier;
 #pragma unroll
-    for (int u = 0; u < kOwn; ++u) {
+    for (int u = 0; u < Team::kRows; ++u) {
 #pragma unroll
-      for (int v = 0; v < kOwn; ++v) values.at(u, v) *= multiplier;
+      for (int v = 0; v < Team::kColumns; ++v) values.at(u, v) *= multiplier;
     }
   }
 
   template <bool kMasked>
-  FASTCL_DEVICE void add_along_rows(int t, const TilePairs& pairs, int down, const Accumulators& values,
-                                    float (&weights)[2][kOwn]) {
+  FASTCL_DEVICE void form_part(int i0, int j0, int u, int v, Accumulators& values) {
+    const TilePairs pairs{x_.s.shape, i0, j0, memory_.rows.targets, memory_.columns.targets};
+    Part weights = {};
+#pragma unroll
+    for (int k = 0; k < kPartRows; ++k) {
+#pragma unroll
+      for (int l = 0; l < kPartColumns; ++l) {
+        float& value = values.at(u + k, v + l);
+        value = kMasked ? value * scale_log2_ : exp2_fast(value * scale_log2_ - shift_log2_);
+      }
+    }
+    for (int t = 0; t < x_.plan.rows.count; ++t) add_along_rows<kMasked>(t, pairs, u, v, values, weights);
+    for (int t = 0; t < x_.plan.columns.count; ++t) add_along_columns<kMasked>(t, pairs, u, v, values, weights);
+#pragma unroll
+    for (int k = 0; k < kPartRows; ++k) {
+#pragma unroll
+      for (int l = 0; l < kPartColumns; ++l) values.at(u + k, v + l) = weights[k][l];
+    }
+  }
+
+  template <bool kMasked>
+  FASTCL_DEVICE static PartPairs counted_by(const PairTerm& term, const TilePairs& pairs, bool turned, int u, int v) {
+    if (!kMasked) return all_pairs<kPartRows, kPartColumns>();
+    return counted_pairs<Team, kPartRows, kPartColumns>(term, pairs, turned, Team::thread(), u, v);
+  }
+
+  template <bool kMasked>
+  FASTCL_DEVICE void add_along_rows(int t, const TilePairs& pairs, int u, int v, const Accumulators& values,
+                                    Part& weights) {
     const PairTerm term = x_.plan.rows.at[t];
     if (term.reduce == Reduce::kMax || !contributes(term, kMasked)) return;
-    const uint64_t counted = kMasked ? counted_pairs<2>(term, pairs, false, thread_index(), 2 * down) : kAllPairs;
+    const PartPairs counted = counted_by<kMasked>(term, pairs, false, u, v);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const int row = own_row(thread_index(), 2 * down + k);
+    for (int k = 0; k < kPartRows; ++k) {
+      const int row = Team::row(Team::thread(), u + k);
 #pragma unroll
-      for (int v = 0; v < kOwn; ++v) {
-        const float part = slope<kMasked>(term, memory_.rows, t, row, values.at(2 * down + k, v));
-        if (counted >> (k * kOwn + v) & 1) weights[k][v] += part;
+      for (int l = 0; l < kPartColumns; ++l) {
+        const float part = slope<kMasked>(term, memory_.rows, t, row, values.at(u + k, v + l));
+        if (counted.has(k, l)) weights[k][l] += part;
       }
     }
   }
 
   template <bool kMasked>
-  FASTCL_DEVICE void add_along_columns(int t, const TilePairs& pairs, int down, const Accumulators& values,
-                                       float (&weights)[2][kOwn]) {
+  FASTCL_DEVICE void add_along_columns(int t, const TilePairs& pairs, int u, int v, const Accumulators& values,
+                                       Part& weights) {
     const PairTerm term = x_.plan.columns.at[t];
     if (term.reduce == Reduce::kMax || !contributes(term, kMasked)) return;
-    const uint64_t counted =
-        kMasked ? counted_pairs<2>(term, pairs, x_.plan.symmetric, thread_index(), 2 * down) : kAllPairs;
+    const PartPairs counted = counted_by<kMasked>(term, pairs, x_.plan.symmetric, u, v);
 #pragma unroll
-    for (int v = 0; v < kOwn; ++v) {
-      const int column = own_column(thread_index(), v);
+    for (int l = 0; l < kPartColumns; ++l) {
+      const int column = Team::column(Team::thread(), v + l);
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const float part = slope<kMasked>(term, memory_.columns, t, column, values.at(2 * down + k, v));
-        if (counted >> (k * kOwn + v) & 1) weights[k][v] += part;
+      for (int k = 0; k < kPartRows; ++k) {
+        const float part = slope<kMasked>(term, memory_.columns, t, column, values.at(u + k, v + l));
+        if (counted.has(k, l)) weights[k][l] += part;
       }
     }
   }
@@ -158,43 +184,54 @@ class Weights {
   template <bool kTransposed>
   FASTCL_DEVICE void stage(const Accumulators& weights) {
     constexpr int kBytes = Precision::kBytes;
-    sync_threads();
+    const int row = Team::row(Team::thread(), 0);
+    const int column = Team::column(Team::thread(), 0);
+    const int first = kTransposed ? staged_offset(column, row, kBytes) : staged_offset(row, column, kBytes);
+    Team::sync();
 #pragma unroll
-    for (int u = 0; u < kOwn; ++u) {
-      const int row = own_row(thread_index(), u);
+    for (int u = 0; u < Team::kRows; ++u) {
+      const int down = Team::row(0, u);
 #pragma unroll
-      for (int v = 0; v < kOwn; v += 2) {
-        const int column = own_column(thread_index(), v);
+      for (int v = 0; v < Team::kColumns; v += 2) {
+        const int across = Team::column(0, v);
         if (kTransposed) {
-          Precision::store(memory_.stages + staged_offset(column, row, kBytes), weights.at(u, v));
-          Precision::store(memory_.stages + staged_offset(column + 1, row, kBytes), weights.at(u, v + 1));
+          Precision::store(staged_ + staged_offset_from(first, across, down, kBytes), weights.at(u, v));
+          Precision::store(staged_ + staged_offset_from(first, across + 1, down, kBytes), weights.at(u, v + 1));
         } else {
-          Precision::store(memory_.stages + staged_offset(row, column, kBytes), weights.at(u, v), weights.at(u, v + 1));
+          Precision::store(staged_ + staged_offset_from(first, down, across, kBytes), weights.at(u, v),
+                           weights.at(u, v + 1));
         }
       }
     }
-    sync_threads();
+    Team::sync();
   }
 
   // The staged tile into the panel, row by row in whole chunks.
   FASTCL_DEVICE void store(int row0, int column0) {
     constexpr int kElements = kChunkBytes / Precision::kBytes;
     constexpr int kAcross = kTile / kElements;
-    for (int k = thread_index(); k < kTile * kAcross; k += kThreads) {
+    for (int k = Team::thread(); k < kTile * kAcross; k += Team::kThreads) {
       const int row = k / kAcross;
       const int column = k % kAcross * kElements;
       unsigned char* const to =
           x_.out + (int64_t{row0} + row) * x_.out_pitch + (int64_t{column0} + column) * Precision::kBytes;
       *reinterpret_cast<Chunk*>(to) =
-          *reinterpret_cast<const Chunk*>(memory_.stages + staged_offset(row, column, Precision::kBytes));
+          *reinterpret_cast<const Chunk*>(staged_ + staged_offset(row, column, Precision::kBytes));
     }
   }
 
   const WeightsArguments& x_;
-  WeightsMemory& memory_;
+  TileFactors& memory_;
+  unsigned char* const staged_;
   const float scale_log2_;
   const float shift_log2_;
 };
+
+struct WeightsMemory {
+  alignas(128) unsigned char stages[kStages * kStageBytes];
+  TileFactors factors;
+};
+static_assert(kTile * kTile * 4 <= kStages * kStageBytes, "a tile of W is staged where the operands were");
 
 // A block has one tile of the panel.
 template <class Precision>
@@ -203,7 +240,7 @@ weights_kernel(FASTCL_PARAMETER(WeightsArguments) x) {
   WeightsMemory& memory = *reinterpret_cast<WeightsMemory*>(shared_memory());
   const SuperTile tile = panel_tile(block_index(), x.panel);
   const OneTile at(x.panel.row_begin + tile.r * kTile, x.panel.column_begin + tile.c * kTile);
-  Weights<Precision> weights(x, memory);
+  Weights<Precision, BlockTeam> weights(x, memory.factors, memory.stages);
   for_each_tile<Precision>(x.s.operands, at, memory.stages, [&](const OneTile& tile, Accumulators& values) {
     weights.write_tile(tile.i(), tile.j(), values);
   });

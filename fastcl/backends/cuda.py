@@ -5,11 +5,15 @@ Compiled and checked, not run on a GPU yet, so that no call takes it that doesn'
 
 May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share. The forward's kernels are one call; the
 backward's kernel writes panels of W, which library products multiply.
+
+On compute capability 9.0 bfloat16 and float16 take kernels of their own, where those were built; float32 does not. The
+environment variable ``FASTCL_CUDA_KERNELS`` forces one path for them, to compare the two: ``portable``, or ``hopper``.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +37,9 @@ from fastcl.terms import (
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOWEST_CAPABILITY = (8, 0)
+_HOPPER = (9, 0)
+_HOPPER_DTYPES = (torch.bfloat16, torch.float16)
+_PATHS = ("portable", "hopper")
 _REDUCE_CODES = {Reduce.LSE: 0, Reduce.SUM: 1, Reduce.MAX: 2}
 _TEST_CODES = {False: -1, None: 0, True: 1}
 PANEL_KERNELS = {}
@@ -122,7 +129,7 @@ class _Inputs(NamedTuple):
 
     def arguments(self, plan: Plan) -> tuple[Any, ...]:
         high_precision = torch.get_float32_matmul_precision() == "highest"
-        return (*self, _term_codes(plan), plan.symmetric, high_precision)
+        return (*self, _term_codes(plan), plan.symmetric, high_precision, _takes_hopper(self.a))
 
 
 def _inputs(plan: Plan, operands: Operands) -> _Inputs:
@@ -143,11 +150,33 @@ def _inputs(plan: Plan, operands: Operands) -> _Inputs:
     )
 
 
+def _takes_hopper(a: Tensor) -> bool:
+    """Whether a call takes the kernels for compute capability 9.0 in place of the portable ones."""
+    path = os.environ.get("FASTCL_CUDA_KERNELS")
+    if path not in (None, *_PATHS):
+        raise ValueError(f"FASTCL_CUDA_KERNELS must be one of {', '.join(_PATHS)}, got {path!r}")
+    if path == "portable" or a.dtype not in _HOPPER_DTYPES:
+        return False
+    reason = _refuses_hopper(a)
+    if path == "hopper" and reason is not None:
+        raise ValueError(f"FASTCL_CUDA_KERNELS=hopper, but {reason}")
+    return reason is None and (a.is_cuda or path == "hopper")
+
+
+def _refuses_hopper(a: Tensor) -> str | None:
+    if not _extension().HAS_HOPPER:
+        return "the extension was not built for compute capability 9.0"
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) != _HOPPER:
+        return f"{torch.cuda.get_device_name(a.device)} does not have compute capability 9.0"
+    return None
+
+
 def _aligned(x: Tensor) -> Tensor:
-    """Rows that begin where asynchronous copies can read them: x itself, or a copy."""
+    """Rows apart from each other that begin where asynchronous copies can read them: x itself, or a copy."""
     alignment = _extension().ALIGNMENT
     pitch = x.stride(0) * x.element_size()
-    if x.stride(1) == 1 and pitch % alignment == 0 and x.data_ptr() % alignment == 0:
+    apart = x.stride(0) >= x.shape[1]
+    if apart and x.stride(1) == 1 and pitch % alignment == 0 and x.data_ptr() % alignment == 0:
         return x
     multiple = alignment // x.element_size()
     rows, depth = x.shape

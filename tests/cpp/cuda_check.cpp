@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cuda/hopper_launch.h"
 #include "../../csrc/cuda/launch.h"
 
 namespace {
@@ -69,6 +70,8 @@ constexpr Case kCases[] = {
     {"info_nce", kInfoNce, kNone, false, 290, 131, 17, -40, 15.0f, Hurt::kNone},
     {"targets", kInfoNce, kTargetColumns, false, 129, 385, 33, 200, 100.0f, Hurt::kRows},
     {"columns", kNone, kOnlyLse, false, 130, 129, 8, 0, 5.0f, Hurt::kNone},
+    {"clip_deep", kClipRows, kClipColumns, false, 270, 260, 330, 3, 20.0f, Hurt::kNone},
+    {"nt_xent_deep", kNtXent, kNone, true, 400, 400, 250, 0, 20.0f, Hurt::kNone},
     {"one", kOnlyLse, kOnlyLse, false, 1, 1, 1, 5, 5.0f, Hurt::kNone},
 };
 
@@ -139,8 +142,8 @@ std::vector<Float> poisoned(int64_t size) {
 
 class Check {
  public:
-  Check(const Case& c, Format format, emulation::Order order, uint32_t seed)
-      : case_(c), format_(format), order_(order), generator_(seed) {
+  Check(const Case& c, Format format, emulation::Order order, int most_blocks, uint32_t seed)
+      : case_(c), format_(format), order_(order), most_blocks_(most_blocks), generator_(seed) {
     // Two rows away from all others would not be away from each other.
     const bool close = c.hurt != Hurt::kNone;
     std::vector<float> a = unit_rows(c.n, c.depth, close, c.hurt == Hurt::kRows ? c.symmetric ? 1 : 3 : 0, generator_);
@@ -173,7 +176,7 @@ class Check {
     }
   }
 
-  template <class Precision>
+  template <class Precision, bool kHopper>
   bool run() {
     const Plan plan = make_plan(case_.rows, case_.columns, case_.symmetric);
     const int bytes = Precision::kBytes;
@@ -182,8 +185,8 @@ class Check {
                                 &case_.scale,
                                 &shift_,
                                 plan.uses_target ? target_.data() : nullptr};
-    const auto launch = [&](auto kernel, int blocks, size_t shared_bytes, const auto& arguments) {
-      emulation::launch(order_, kernel, blocks, kThreads, shared_bytes, arguments);
+    const auto launch = [&](auto kernel, int blocks, int threads, size_t shared_bytes, const auto& arguments) {
+      emulation::launch(order_, kernel, blocks, threads, shared_bytes, arguments);
     };
 
     constexpr int kMost = 2;
@@ -192,9 +195,17 @@ class Check {
     std::vector<float> column_partials = poisoned<float>(sizes.column_partials);
     std::vector<float> rows = poisoned<float>(int64_t{plan.rows.count} * case_.n);
     std::vector<float> columns = poisoned<float>(case_.symmetric ? 0 : int64_t{plan.columns.count} * case_.m);
-    launch_statistics<Precision>(
-        {similarity, plan, flag_below_, row_partials.data(), column_partials.data(), rows.data(), columns.data()},
-        kMost, launch);
+    const StatisticsCall call{similarity,  plan,          flag_below_, row_partials.data(), column_partials.data(),
+                              rows.data(), columns.data()};
+    const SweepArguments sweep = sweep_arguments(call, kMost);
+    if constexpr (kHopper) {
+      hopper::launch_sweep<Precision>(sweep, most_blocks_, hopper::emulation::Map(), launch);
+    } else {
+      launch_sweep<Precision>(sweep, launch);
+    }
+    launch_finish<Precision>(call, sweep, launch);
+    bool same = true;
+    if constexpr (kHopper) same = same_bits_with_more_blocks<Precision>(sweep, sizes);
     const std::vector<double> want_rows = judge(case_.rows, true);
     const std::vector<double> want_columns = case_.symmetric ? std::vector<double>() : judge(case_.columns, false);
     const double unit = std::max(10.0f, case_.scale);
@@ -216,24 +227,51 @@ class Check {
       data += (kChunkBytes - reinterpret_cast<uintptr_t>(data) % kChunkBytes) % kChunkBytes;
       const Statistics of_rows{row_values.data(), row_incoming.data()};
       const Statistics of_columns{column_values.data(), column_incoming.data()};
-      launch_weights<Precision>({similarity, plan, of_rows, case_.symmetric ? of_rows : of_columns, flag_below_,
-                                 format_ == Format::kFloat16 ? &multiplier : nullptr, panel, data, across * bytes},
-                                launch);
+      const WeightsArguments arguments{similarity,    plan,
+                                       of_rows,       case_.symmetric ? of_rows : of_columns,
+                                       flag_below_,   format_ == Format::kFloat16 ? &multiplier : nullptr,
+                                       panel,         data,
+                                       across * bytes};
+      if constexpr (kHopper) {
+        hopper::launch_weights<Precision>(arguments, most_blocks_, hopper::emulation::Map(), launch);
+      } else {
+        launch_weights<Precision>(arguments, launch);
+      }
       weights_error = std::max(weights_error, panel_error(panel, data, across, bytes, multiplier, want));
     }
 
     // float32 sums and exponentials of logits up to `unit`, and what W is stored with.
     constexpr double kTolerance = 1e-6;
     const double stored = format_ == Format::kBFloat16 ? 0x1p-8 : format_ == Format::kFloat16 ? 0x1p-11 : 0.0;
-    const bool right = error <= kTolerance && weights_error <= kTolerance * unit + stored &&
+    const bool right = same && error <= kTolerance && weights_error <= kTolerance * unit + stored &&
                        (flagged_ > 0) == (case_.hurt != Hurt::kNone);
     static const char* const kFormats[] = {"bfloat16", "float16", "tf32", "tf32x3"};
-    std::printf("%-15s %-8s statistics %.1e, weights %.1e, flagged %d%s\n", case_.name,
-                kFormats[static_cast<int>(format_)], error, weights_error, flagged_, right ? "" : "  WRONG");
+    std::printf("%-15s %-8s %-6s statistics %.1e, weights %.1e, flagged %d%s\n", case_.name,
+                kFormats[static_cast<int>(format_)], kHopper ? "hopper" : "", error, weights_error, flagged_,
+                right ? "" : "  WRONG");
     return right;
   }
 
  private:
+  // How many blocks share a persistent kernel's work, and in which order they run, must not matter.
+  template <class Precision>
+  bool same_bits_with_more_blocks(const SweepArguments& sweep, const Workspace& sizes) const {
+    std::vector<float> row_partials = poisoned<float>(sizes.row_partials);
+    std::vector<float> column_partials = poisoned<float>(sizes.column_partials);
+    SweepArguments again = sweep;
+    again.row_partials = row_partials.data();
+    again.column_partials = case_.symmetric ? row_partials.data() : column_partials.data();
+    const emulation::Order order{!order_.warps_descend, !order_.copies_are_late};
+    hopper::launch_sweep<Precision>(again, most_blocks_ + 1, hopper::emulation::Map(),
+                                    [&](auto kernel, int blocks, int threads, size_t bytes, const auto& arguments) {
+                                      emulation::launch(order, kernel, blocks, threads, bytes, arguments);
+                                    });
+    const auto same = [](const std::vector<float>& x, const float* y) {
+      return x.empty() || std::memcmp(x.data(), y, x.size() * sizeof(float)) == 0;
+    };
+    return same(row_partials, sweep.row_partials) && same(column_partials, sweep.column_partials);
+  }
+
   double logit(int i, int j) const { return s_[int64_t{i} * case_.m + j]; }
 
   bool admitted(const PairTerm& term, int i, int j) const {
@@ -349,6 +387,7 @@ class Check {
   const Case& case_;
   const Format format_;
   const emulation::Order order_;
+  const int most_blocks_;  // of a persistent kernel
   std::mt19937 generator_;
   std::vector<int32_t> target_;
   Rows a_;
@@ -367,15 +406,20 @@ int main(int count, char** names) {
   for (const Case& c : kCases) {
     const bool wanted =
         count == 1 || std::any_of(names + 1, names + count, [&](const char* n) { return c.name == std::string(n); });
-    for (int f = 0; wanted && f < 4; ++f) {
-      const Format format = static_cast<Format>(f);
+    for (int f = 0; wanted && f < 6; ++f) {
+      const bool hopper = f >= 4;
+      const Format format = static_cast<Format>(f % 4);
       // Each case meets each order of turns and of copies in some precision.
       const emulation::Order order{(f + seed) % 2 == 1, (f + seed) / 2 % 2 == 1};
-      Check check(c, format, order, seed * 10 + f);
-      right &= format == Format::kBFloat16  ? check.run<BFloat16>()
-               : format == Format::kFloat16 ? check.run<Float16>()
-               : format == Format::kTf32    ? check.run<Tf32>()
-                                            : check.run<Tf32x3>();
+      Check check(c, format, order, 1 + seed % 3, seed * 10 + f);
+      if (hopper) {
+        right &= format == Format::kBFloat16 ? check.run<BFloat16, true>() : check.run<Float16, true>();
+      } else {
+        right &= format == Format::kBFloat16  ? check.run<BFloat16, false>()
+                 : format == Format::kFloat16 ? check.run<Float16, false>()
+                 : format == Format::kTf32    ? check.run<Tf32, false>()
+                                              : check.run<Tf32x3, false>();
+      }
     }
     ++seed;
   }

@@ -4,7 +4,7 @@
 // Turns are taken so as to find what a GPU would only sometimes show. A warp runs as far as it can before another one
 // gets a turn, in ascending or descending order, so a missing barrier shows. Asynchronous copies happen as late as
 // wait_for_copies() allows, or at once: the one shows what is read too early, the other what is overwritten too early.
-// Shared memory starts as NaN.
+// Shared memory starts as NaN. Where nobody can go on, and nothing is under way, the program ends with an error.
 #pragma once
 
 #include <setjmp.h>
@@ -51,16 +51,28 @@ struct Copy {
   }
 };
 
-enum class State { kReady, kAtWarp, kAtBlock, kDone };
+enum class State { kReady, kAtWarp, kAtBarrier, kPolling, kDone };
+
+// Where so many threads of the block meet; bar.sync and its kin have 16 of them.
+struct Meeting {
+  int arrived = 0;
+  bool any = false;
+  bool any_before = false;
+};
+constexpr int kMeetings = 16;
 
 struct Fiber {
   State state = State::kReady;
   bool started = false;
   jmp_buf here;
   ucontext_t context;
-  int collectives = 0;  // so far
+  int meeting = 0;               // where it waits
+  std::function<bool()> may_go;  // what it waits for by polling
+  int collectives = 0;           // so far
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> committed;
+  std::vector<std::function<void()>> uncommitted_products;
+  std::deque<std::vector<std::function<void()>>> committed_products;
 };
 
 // What one lane hands in to a collective instruction.
@@ -81,22 +93,30 @@ class Block {
         handed_in_(2 * threads),
         stacks_(new unsigned char[threads * kStack]) {
     const size_t words = (shared_bytes + 127) / 128 * 16;
-    shared_.reset(new (std::align_val_t(128)) uint64_t[words]);
+    shared_.reset(new (std::align_val_t(1024)) uint64_t[words]);
     std::memset(shared_.get(), 0xff, words * 8);
   }
 
-  void run(int index, const std::function<void()>& body) {
+  void run(int index, int blocks, const std::function<void()>& body) {
     index_ = index;
+    blocks_ = blocks;
     body_ = &body;
     current_block() = this;
     for (Fiber& fiber : fibers_) {
       fiber = Fiber();
     }
+    const int warps = threads_ / kWarp;
     for (bool running = true; running;) {
       running = false;
-      const int warps = threads_ / kWarp;
+      ++round_;
       for (int w = 0; w < warps; ++w) running |= run_warp(order_.warps_descend ? warps - 1 - w : w);
-      release_block();
+      if (running || loads_.empty()) continue;
+      loads_.back()();
+      loads_.pop_back();
+      running = true;
+    }
+    for (const Fiber& fiber : fibers_) {
+      if (fiber.state != State::kDone) fail("threads wait for what nobody does");
     }
     current_block() = nullptr;
   }
@@ -107,14 +127,35 @@ class Block {
   }
 
   int index() const { return index_; }
+  int count() const { return blocks_; }
+  int threads() const { return threads_; }
   int thread() const { return thread_; }
   int lane() const { return thread_ % kWarp; }
   unsigned char* shared() { return reinterpret_cast<unsigned char*>(shared_.get()); }
 
-  bool sync(bool predicate) {
-    any_ |= predicate;
-    wait(State::kAtBlock);
-    return any_before_;
+  // Waits until so many threads have arrived; whether the predicate held for one of them.
+  bool sync(int number, int threads, bool predicate) {
+    fibers_[thread_].meeting = number;
+    if (!arrive(number, threads, predicate)) wait(State::kAtBarrier);
+    return meetings_[number].any_before;
+  }
+
+  // Whether this was the last thread to arrive.
+  bool arrive(int number, int threads, bool predicate) {
+    Meeting& meeting = meetings_[number];
+    meeting.any |= predicate;
+    if (++meeting.arrived < threads) return false;
+    meeting = {0, false, meeting.any};
+    for (Fiber& fiber : fibers_) {
+      if (fiber.state == State::kAtBarrier && fiber.meeting == number) fiber.state = State::kReady;
+    }
+    return true;
+  }
+
+  void poll(const std::function<bool()>& may_go) {
+    if (may_go()) return;
+    fibers_[thread_].may_go = may_go;
+    wait(State::kPolling);
   }
 
   // All lanes meet here; what each handed in stays until the one after the next meeting.
@@ -143,9 +184,47 @@ class Block {
     }
   }
 
+  // Asynchronous loads happen when nobody can go on without them, the latest first, or at once.
+  void load(const std::function<void()>& load) {
+    if (order_.copies_are_late) {
+      loads_.push_back(load);
+    } else {
+      load();
+    }
+  }
+
+  // Asynchronous products happen at once where loads are late, and as late as waiting for them allows where loads are
+  // at once: the one shows what is multiplied before it is there, the other what is overwritten before it is
+  // multiplied.
+  void multiply(const std::function<void()>& product) {
+    if (order_.copies_are_late) {
+      product();
+    } else {
+      fibers_[thread_].uncommitted_products.push_back(product);
+    }
+  }
+  void commit_products() {
+    Fiber& fiber = fibers_[thread_];
+    fiber.committed_products.push_back(std::move(fiber.uncommitted_products));
+    fiber.uncommitted_products.clear();
+  }
+  void wait_for_products(size_t pending) {
+    Fiber& fiber = fibers_[thread_];
+    // Late is after all others have had a turn.
+    if (!order_.copies_are_late) poll([this, round = round_] { return round_ != round; });
+    for (; fiber.committed_products.size() > pending; fiber.committed_products.pop_front()) {
+      for (const auto& product : fiber.committed_products.front()) product();
+    }
+  }
+
+  [[noreturn]] static void fail(const char* what) {
+    std::fprintf(stderr, "emulation: %s\n", what);
+    std::exit(2);
+  }
+
  private:
   struct Release {
-    void operator()(uint64_t* x) const { ::operator delete[](x, std::align_val_t(128)); }
+    void operator()(uint64_t* x) const { ::operator delete[](x, std::align_val_t(1024)); }
   };
 
   static void enter() {
@@ -175,14 +254,17 @@ class Block {
     if (_setjmp(fiber.here) == 0) _longjmp(scheduler_, 1);
   }
 
-  // Until every lane is at the block's barrier or done; whether any ran.
+  // Until every lane waits for others or is done; whether any ran.
   bool run_warp(int warp) {
     Fiber* const lanes = &fibers_[warp * kWarp];
     bool ran = false;
     for (;;) {
       int ready = 0, at_warp = 0;
       for (int l = 0; l < kWarp; ++l) {
-        if (lanes[l].state == State::kReady) resume(warp * kWarp + l);
+        if (lanes[l].state == State::kPolling && lanes[l].may_go()) lanes[l].state = State::kReady;
+        if (lanes[l].state != State::kReady) continue;
+        resume(warp * kWarp + l);
+        ran = true;
       }
       for (int l = 0; l < kWarp; ++l) {
         ready += lanes[l].state == State::kReady;
@@ -192,29 +274,8 @@ class Block {
       if (at_warp == 0) break;
       if (at_warp < kWarp) fail("lanes of a warp diverge at an instruction for all of them");
       for (int l = 0; l < kWarp; ++l) lanes[l].state = State::kReady;
-      ran = true;
     }
-    for (int l = 0; l < kWarp; ++l) ran |= lanes[l].state == State::kAtBlock;
     return ran;
-  }
-
-  void release_block() {
-    int waiting = 0, done = 0;
-    for (const Fiber& fiber : fibers_) {
-      waiting += fiber.state == State::kAtBlock;
-      done += fiber.state == State::kDone;
-    }
-    if (waiting > 0 && done > 0) fail("a thread has left while others wait at a barrier");
-    for (Fiber& fiber : fibers_) {
-      if (fiber.state == State::kAtBlock) fiber.state = State::kReady;
-    }
-    any_before_ = any_;
-    any_ = false;
-  }
-
-  [[noreturn]] static void fail(const char* what) {
-    std::fprintf(stderr, "emulation: %s\n", what);
-    std::exit(2);
   }
 
   const int threads_;
@@ -226,9 +287,11 @@ class Block {
   const std::function<void()>* body_ = nullptr;
   jmp_buf scheduler_;
   int index_ = 0;
+  int blocks_ = 0;
   int thread_ = 0;
-  bool any_ = false;
-  bool any_before_ = false;
+  int64_t round_ = 0;  // of turns
+  Meeting meetings_[kMeetings];
+  std::vector<std::function<void()>> loads_;
 };
 
 inline Block& block() { return *Block::current_block(); }
@@ -239,7 +302,7 @@ void launch(Order order, void (*kernel)(Arguments), int blocks, int threads, siz
             const std::remove_cv_t<Arguments>& arguments) {
   for (int b = 0; b < blocks; ++b) {
     Block block(threads, shared_bytes, order);
-    block.run(order.warps_descend ? blocks - 1 - b : b, [&] { kernel(arguments); });
+    block.run(order.warps_descend ? blocks - 1 - b : b, blocks, [&] { kernel(arguments); });
   }
 }
 
@@ -305,8 +368,11 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Ele
 inline int thread_index() { return emulation::block().thread(); }
 inline int block_index() { return emulation::block().index(); }
 inline unsigned char* shared_memory() { return emulation::block().shared(); }
-inline void sync_threads() { emulation::block().sync(false); }
-inline bool any_thread(bool predicate) { return emulation::block().sync(predicate); }
+inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - emulation::block().shared());
+}
+inline void sync_threads() { emulation::block().sync(0, emulation::block().threads(), false); }
+inline bool any_thread(bool predicate) { return emulation::block().sync(0, emulation::block().threads(), predicate); }
 
 inline float shuffle_xor(float x, int mask) {
   const emulation::HandedIn* const lanes = emulation::block().meet({{bits_of_float(x)}, nullptr});

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/engine.h"
+#include "cuda_layouts.h"
 
 namespace {
 
@@ -16,44 +17,6 @@ using fastcl::PairTerm;
 using fastcl::Reduce;
 using fastcl::Test;
 using Wide = __int128;
-
-int failures = 0;
-
-void check(bool right, const char* what) {
-  if (right) return;
-  if (++failures <= 20) std::printf("WRONG: %s\n", what);
-}
-
-// Every number of a tile has one thread, and every sum of a warp's rows or columns one lane.
-void fragment_maps() {
-  std::set<std::pair<int, int>> pairs, row_sums, column_sums;
-  for (int thread = 0; thread < kThreads; ++thread) {
-    for (int u = 0; u < kOwn; ++u) {
-      for (int v = 0; v < kOwn; ++v) pairs.insert({own_row(thread, u), own_column(thread, v)});
-    }
-    const int lane = lane_of(thread);
-    for (int k = 0; k < 2; ++k) row_sums.insert({warp_across(thread), own_row(thread, row_after_sum(lane) + k)});
-    check(own_row(thread, row_after_sum(lane) + 1) == own_row(thread, row_after_sum(lane)) + 8, "the second row's sum");
-    column_sums.insert({warp_down(thread), own_column(thread, column_after_sum(lane))});
-  }
-  check(pairs.size() == kTile * kTile && pairs.rbegin()->first == kTile - 1, "one thread for each pair of a tile");
-  check(row_sums.size() == kWarpsAcross * kTile, "one lane for each row's sum");
-  check(column_sums.size() == kWarpsDown * kTile, "one lane for each column's sum");
-}
-
-// How often the lanes' accesses of `bytes` meet one of the 32 banks, beyond what their number makes unavoidable.
-int conflicts(const std::vector<int>& offsets, int bytes) {
-  std::map<int, std::set<int>> words;
-  for (int offset : offsets) {
-    for (int b = 0; b < bytes; b += 4) words[(offset + b) / 4 % 32].insert((offset + b) / 4);
-  }
-  size_t worst = 0, all = 0;
-  for (const auto& [bank, distinct] : words) {
-    worst = std::max(worst, distinct.size());
-    all += distinct.size();
-  }
-  return static_cast<int>(worst - (all + 31) / 32);
-}
 
 void operand_layout() {
   std::set<int> offsets;
@@ -77,32 +40,6 @@ void operand_layout() {
       copies.push_back(operand_offset(thread / kDepthChunks, thread % kDepthChunks));
     }
     check(conflicts(copies, kChunkBytes) == 0, "copies of operands meet a bank");
-  }
-}
-
-void staged_layout() {
-  for (int bytes : {2, 4}) {
-    std::set<int> offsets;
-    for (int row = 0; row < kTile; ++row) {
-      for (int column = 0; column < kTile; ++column) offsets.insert(staged_offset(row, column, bytes));
-    }
-    check(offsets.size() == kTile * kTile && *offsets.rbegin() == (kTile * kTile - 1) * bytes, "staged layout");
-    for (int v = 0; v < kOwn; v += 2) {
-      // Accesses of 8 bytes are made by half a warp at a time.
-      const int lanes = kLanes * 2 / bytes;
-      for (int first = 0; first < kLanes; first += lanes) {
-        std::vector<int> written;
-        for (int lane = first; lane < first + lanes; ++lane) {
-          written.push_back(staged_offset(own_row(lane, 0), own_column(lane, v), bytes));
-        }
-        check(conflicts(written, 2 * bytes) == 0, "the staged tile is written with conflicts");
-      }
-    }
-    for (int row = 0; row < 8; ++row) {
-      std::vector<int> read;
-      for (int k = 0; k < 8; ++k) read.push_back(staged_offset(row, k * kChunkBytes / bytes, bytes));
-      check(conflicts(read, kChunkBytes) == 0, "the staged tile is read with conflicts");
-    }
   }
 }
 
@@ -213,44 +150,7 @@ void addresses() {
   check(triangle.row_partials == int64_t{4} * 17 * 4097 && triangle.column_partials == 0, "a triangle's workspace");
 }
 
-void masks() {
-  const Shape shape{300, 260, -35};
-  std::vector<int> row_targets(kTile), column_targets(kTile);
-  for (int i0 = 0; i0 < 300; i0 += kTile) {
-    for (int j0 = 0; j0 < 260; j0 += kTile) {
-      bool any = false;
-      for (int k = 0; k < kTile; ++k) {
-        row_targets[k] = (i0 + k) * 7 % 263 - 2;
-        column_targets[k] = (j0 + k) * 5 % 303 - 2;
-        const int j = i0 + k + shape.self_offset;
-        any |= j >= j0 && j < j0 + kTile;
-      }
-      check(has_self_pair(shape, i0, j0, kTile) == any, "whether a tile has a self pair");
-      const TilePairs tile{shape, i0, j0, row_targets.data(), column_targets.data()};
-      for (const PairTerm term : {PairTerm{Reduce::kSum, Test::kForbidden, Test::kAbsent},
-                                  PairTerm{Reduce::kSum, Test::kAbsent, Test::kRequired},
-                                  PairTerm{Reduce::kSum, Test::kForbidden, Test::kForbidden}}) {
-        for (int thread = 0; thread < kThreads; thread += 7) {
-          for (bool turned : {false, true}) {
-            const uint64_t bits = counted_pairs<kOwn>(term, tile, turned, thread, 0);
-            for (int u = 0; u < kOwn; ++u) {
-              check(counted_pairs<2>(term, tile, turned, thread, u & ~1) == (bits >> (u & ~1) * kOwn & 0xffff), "part");
-              for (int v = 0; v < kOwn; ++v) {
-                const int row = own_row(thread, u), column = own_column(thread, v);
-                const int i = turned ? j0 + column : i0 + row;
-                const int j = turned ? i0 + row : j0 + column;
-                const int target = turned ? column_targets[column] : row_targets[row];
-                const bool want = i < 300 && j < 260 && !(term.self_pair == Test::kForbidden && j == i - 35) &&
-                                  !(term.target == Test::kForbidden && j == target) &&
-                                  !(term.target == Test::kRequired && j != target);
-                check((bits >> (u * kOwn + v) & 1) == want, "whether a pair counts");
-              }
-            }
-          }
-        }
-      }
-    }
-  }
+void farthest_self_pair() {
   const int last = static_cast<int>(kMostRows) - 1;
   const Shape large{last + 1, last + 1, -last};
   check(counts({Reduce::kSum, Test::kRequired, Test::kAbsent}, large, last, 0, -1), "the farthest self pair");
@@ -261,14 +161,14 @@ void masks() {
 }  // namespace
 
 int main() {
-  fragment_maps();
+  fragment_maps<BlockFragments>();
   operand_layout();
-  staged_layout();
+  staged_layout<BlockFragments>();
   super_axes();
   sweep_orders();
   panel_order();
   addresses();
-  masks();
-  std::printf("%d wrong\n", failures);
-  return failures == 0 ? 0 : 1;
+  counted_pairs_of<BlockFragments>();
+  farthest_self_pair();
+  return report();
 }

@@ -1,11 +1,13 @@
 // How many blocks of each kernel an SM holds, by cuda_occupancy.h. Reads lines "capability kernel registers", where a
-// kernel is sweep, redo, weights or combine, and prints lines "blocks shared-memory-per-block".
+// kernel is sweep, redo, weights, combine, hopper_sweep or hopper_weights, and prints lines "blocks
+// shared-memory-per-block".
 #include <cuda_occupancy.h>
 
 #include <iostream>
 #include <map>
 #include <string>
 
+#include "../../csrc/cuda/hopper_launch.h"
 #include "../../csrc/cuda/launch.h"
 
 namespace {
@@ -42,14 +44,19 @@ Device device(int capability) {
 
 int main() {
   using namespace fastcl::cuda;
-  const std::map<std::string, size_t> shared{
-      {"sweep", sizeof(SweepMemory)}, {"redo", sizeof(RedoMemory)}, {"weights", sizeof(WeightsMemory)}, {"combine", 0}};
+  const std::map<std::string, size_t> shared{{"sweep", sizeof(SweepMemory)},
+                                             {"redo", sizeof(RedoMemory)},
+                                             {"weights", sizeof(WeightsMemory)},
+                                             {"combine", 0},
+                                             {"hopper_sweep", sizeof(hopper::SweepMemory)},
+                                             {"hopper_weights", sizeof(hopper::WeightsMemory)}};
   int capability, registers;
   std::string kernel;
   while (std::cin >> capability >> kernel >> registers) {
     const cudaOccDeviceProp properties(device(capability));
+    const int threads = kernel.rfind("hopper", 0) == 0 ? hopper::kThreads : kThreads;
     cudaOccFuncAttributes function;
-    function.maxThreadsPerBlock = kThreads;
+    function.maxThreadsPerBlock = threads;
     function.numRegs = registers;
     function.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
     function.maxDynamicSharedSizeBytes = shared.at(kernel);
@@ -58,7 +65,7 @@ int main() {
     state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
     cudaOccResult result;
     const cudaOccError error =
-        cudaOccMaxActiveBlocksPerMultiprocessor(&result, &properties, &function, &state, kThreads, shared.at(kernel));
+        cudaOccMaxActiveBlocksPerMultiprocessor(&result, &properties, &function, &state, threads, shared.at(kernel));
     std::cout << (error == CUDA_OCC_SUCCESS ? result.activeBlocksPerMultiprocessor : -1) << ' ' << shared.at(kernel)
               << '\n';
   }

@@ -10,7 +10,7 @@ flags="-std=c++17 -O1 -g1 -fno-sanitize-recover=all -fno-omit-frame-pointer"
 mkdir -p build
 
 echo "== the CUDA kernels, emulated, under address,undefined"
-g++ $flags -fsanitize=address,undefined -Wno-unknown-pragmas -Itests/cpp tests/cpp/cuda_check.cpp -o build/cuda_check
+g++ $flags -fsanitize=address,undefined -Wno-unknown-pragmas -Wno-psabi -Itests/cpp tests/cpp/cuda_check.cpp -o build/cuda_check
 ASAN_OPTIONS=detect_leaks=0 build/cuda_check # a fiber that has ended is never unwound
 
 echo "== engine_check under thread"
