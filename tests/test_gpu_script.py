@@ -98,7 +98,7 @@ def test_quick_and_failures(stand_ins: dict[str, str], tmp_path: Path) -> None:
     """A stage that fails is named at the end, and the next ones run all the same."""
     done = _run([str(tmp_path / "out"), "--quick"], **stand_ins, PYTEST_CODE="1")
     assert done.returncode == 1
-    assert "failed: tests (" in done.stdout
+    assert "failed: tests, tests of cuda (" in done.stdout
     assert "--suite targets --quick" in Path(stand_ins["CALLS"]).read_text()
     assert (tmp_path / "out" / "results.csv").exists()
 

@@ -155,9 +155,10 @@ def _add_product(result: Tensor, w: Tensor, x: Tensor) -> None:
 
 
 def _neutral(terms: tuple[Term, ...], length: int, operands: Operands) -> Tensor:
-    values = [neutral(term.reduce) for term in terms]
-    column = torch.tensor(values, dtype=operands.accumulation_dtype, device=operands.a.device)
-    return column[:, None].repeat(1, length)
+    result = operands.a.new_empty(len(terms), length, dtype=operands.accumulation_dtype)
+    for row, term in zip(result, terms, strict=True):
+        row.fill_(neutral(term.reduce))
+    return result
 
 
 def _accumulate(

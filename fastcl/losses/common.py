@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastcl.checks import check_choice, check_row_vector
 from fastcl.cross_entropy import cross_entropy
 from fastcl.distributed import EXCHANGES
-from fastcl.pairwise import pairwise
+from fastcl.pairwise import pairwise, scalar_tensor
 from fastcl.panels import PanelFunction
 from fastcl.panelwise import panel_rows, panel_sum
 from fastcl.terms import AXES, NO_TAGS, Axis, Mask, Reduce, Tags, Term, accumulation_dtype
@@ -362,7 +362,7 @@ def summarize(
     positive = positive.detach()
     best = [logit.detach() for logit in best] or [positive] * len(hardest)
     hardest = [negative.detach() for negative in hardest]
-    scale = torch.as_tensor(scale, dtype=positive.dtype, device=positive.device).detach()
+    scale = scalar_tensor(scale, positive.dtype, positive.device).detach()
     valid = torch.ones_like(positive, dtype=torch.bool) if has_positive is None else has_positive
     sums = [valid.sum(), positive.where(valid, positive.new_zeros(())).sum()]
     sums += [((own > negative) & valid).sum() for own, negative in zip(best, hardest, strict=True)]
