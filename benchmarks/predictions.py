@@ -197,7 +197,9 @@ def _predicted(target: Target, device: Device) -> tuple[float | None, str]:
         return found.fraction, f"{_ms(found.seconds)} ms for {_ms(found.floor)}; {_bound(found)}"
     if target.unit == "GB":
         gradients = 2 * target.case.pairs * target.case.dim * target.case.torch_dtype.itemsize
-        return (found.memory - gradients) / 1e9, "normalised copies, and gradients kept in float32 until backward"
+        return (
+            found.memory - gradients
+        ) / 1e9, "copies of unit length, one gradient, the other's sums in float32, a panel"
     eager = dense_seconds(target.case, device)
     return eager / found.seconds, f"{_ms(found.seconds)} ms against {_ms(eager)}; {_bound(found)}"
 

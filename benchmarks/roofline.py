@@ -21,6 +21,7 @@ from benchmarks.around import Counted, around_kernels
 from benchmarks.cases import Case
 from benchmarks.devices import Device
 from fastcl import tuning
+from fastcl.backends import panels
 
 PLANS = ("panels", "registers", "one sweep")
 """panels: the `triton` backend as it is. registers: a backward whose accumulators live in registers. one sweep: value
@@ -47,7 +48,7 @@ LATENCY = {"load": 1000, "partials": 200}
 """Clocks until a tile's first operands have come, and for a column's partial sums, read before, to be written."""
 LAUNCH = {"torch": 5e-6, "triton": 15e-6, "call": 60e-6}
 """Seconds of the host for an operator, for a kernel of Triton, and for autograd and the custom operator of a call."""
-SUPER_TILES, PANEL_ROWS, MOST_ELEMENTS, REDO_ROWS = 32, 8192, 2**30, 64
+SUPER_TILES = 32
 REGISTER_WIDTH = 256
 """Columns of an accumulator that fit into registers; a wider D recomputes S for each such slice."""
 _LIBRARY_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128))
@@ -217,9 +218,9 @@ class _Model:
     def _host(self, plan: str) -> float:
         # the sweep, and for each axis its partial results combined
         kernels = self._around().kernels + 1 + (2 if self.both_axes and not self.symmetric else 1)
-        panels = len(panel_sizes(self.n, self._config("weights"), self.symmetric, self._elements()))
-        products = 2 * panels if plan != "registers" else 0
-        kernels += panels if plan != "registers" else 2
+        count = len(self._cut(self._config("weights")))
+        products = 2 * count if plan != "registers" else 0
+        kernels += count if plan != "registers" else 2
         return LAUNCH["call"] + LAUNCH["torch"] * (self._around().operators + products) + LAUNCH["triton"] * kernels
 
     def _around(self) -> Counted:
@@ -230,7 +231,11 @@ class _Model:
         return tuning.lookup(name, self.precision.tuned_as, self.device.capability, n=self.n, m=self.n, d=self.d)
 
     def _elements(self) -> int:
-        return min(tuning.workspace_bytes(self.device.capability) // self.precision.itemsize, MOST_ELEMENTS)
+        return min(tuning.workspace_bytes(self.device.capability) // self.precision.itemsize, panels.MOST_ELEMENTS)
+
+    def _cut(self, config: tuning.Config) -> list[panels.Panel]:
+        """The backward's panels."""
+        return panels.cut(self.n, self.n, (config.block_m, config.block_n), self._elements(), self.symmetric)
 
     def _tile_clocks(
         self, kernel: str, config: tuning.Config, free: Free, *, slots: int | None = None, masked: float = 1.0
@@ -299,14 +304,15 @@ class _Model:
         clocks, slots = self._mean_tile_clocks("weights", config, free)
         weights = products = 0.0
         item = self.precision.itemsize
-        for rows, columns, mirror in panel_sizes(self.n, config, self.symmetric, self._elements()):
+        for panel in self._cut(config):
+            rows, columns = panel.shape
             tiles = math.ceil(rows / config.block_m) * math.ceil(columns / config.block_n)
-            if mirror:
+            if panel.mirror:
                 side = math.ceil(rows / config.block_m)
                 tiles = side * (side + 1) // 2
             weights += self._at_least(self._on_sms(tiles, clocks, slots, free), rows * columns * item, free)
             products += self._product(rows, self.d, columns, free)
-            if not mirror:
+            if not panel.mirror:
                 products += self._product(columns, self.d, rows, free)
         return {"weights": weights, "products": products}
 
@@ -379,21 +385,6 @@ def tile_count(n: int, config: tuning.Config, symmetric: bool) -> int:
     """Tiles of S that a sweep visits."""
     rows, columns = math.ceil(n / config.block_m), math.ceil(n / config.block_n)
     return rows * (rows + 1) // 2 if symmetric else rows * columns
-
-
-def panel_sizes(n: int, config: tuning.Config, symmetric: bool, elements: int) -> list[tuple[int, int, bool]]:
-    """(rows, columns, whether on a symmetric plan's diagonal) of each panel, as the backward cuts them."""
-    tallest = max(config.block_m, min(PANEL_ROWS, math.isqrt(elements)) // config.block_m * config.block_m)
-    height = min(math.ceil(n / config.block_m) * config.block_m, tallest)
-    width = max(config.block_n, elements // height // config.block_n * config.block_n)
-    sizes = []
-    begin = 0
-    for rows in _cut(n, height):
-        if symmetric:
-            sizes.append((rows, rows, True))
-        sizes += [(rows, columns, False) for columns in _cut(n - begin - rows if symmetric else n, width)]
-        begin += rows
-    return sizes
 
 
 def _cut(count: int, size: int) -> Iterable[int]:
