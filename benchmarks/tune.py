@@ -25,7 +25,7 @@ from benchmarks.predictions import case_of
 from benchmarks.roofline import clocks_per_logit, shared_memory
 from fastcl import tuning
 
-KERNELS = ("sweep", "sweep_symmetric", "weights", "weights_symmetric")
+KERNELS = tuple(kernel for kernel in tuning.KERNELS if kernel != "redo")
 """The redo kernel is not among them: it nearly always returns at once."""
 DTYPES = {"half": "bfloat16", "tf32": "tf32", "float32": "float32"}
 """The dtype that stands for each precision class."""
@@ -46,6 +46,15 @@ class Job(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.precision} D = {self.d}"
+
+    @property
+    def base(self) -> str:
+        """The kernel without what the entry says of its plans."""
+        return self.kernel.split("_")[0]
+
+    @property
+    def symmetric(self) -> bool:
+        return "symmetric" in self.kernel
 
 
 class Found(NamedTuple):
@@ -82,7 +91,7 @@ def candidates(job: Job, most_shared_memory: int, itemsize: int) -> list[tuning.
 
 def reason_against(config: tuning.Config, job: Job, most_shared_memory: int, itemsize: int) -> str | None:
     """Why a configuration is not worth compiling, or None."""
-    if job.kernel.endswith("symmetric") and config.block_m != config.block_n:
+    if job.symmetric and config.block_m != config.block_n:
         return "a triangle of tiles is made of squares"
     if config.block_d > max(32, 2 ** math.ceil(math.log2(job.d))):
         return "its steps are longer than D"
@@ -102,13 +111,13 @@ def ordered(configs: Iterable[tuning.Config], job: Job, capability: tuple[int, i
     device = next((device for device in DEVICES.values() if device.capability == capability), None)
     if device is None:
         return list(configs)
-    dtype, kernel = DTYPES[job.precision], job.kernel.removesuffix("_symmetric")
-    case = case_of("nt_xent" if job.kernel.endswith("symmetric") else "clip", rows, job.d, dtype)
+    dtype = DTYPES[job.precision]
+    case = case_of("nt_xent" if job.symmetric else "clip", rows, job.d, dtype)
     pipelines: dict[tuple[int, int, int], list[tuning.Config]] = {}
     for config in sorted(configs, key=lambda config: (abs(config.block_d - 64), abs(config.num_stages - 3))):
         pipelines.setdefault((config.block_m, config.block_n, config.num_warps), []).append(config)
     rounds = [(i, config) for group in pipelines.values() for i, config in enumerate(group)]
-    rounds.sort(key=lambda entry: (entry[0], clocks_per_logit(case, device, kernel, entry[1], dtype)))
+    rounds.sort(key=lambda entry: (entry[0], clocks_per_logit(case, device, job.base, entry[1], dtype)))
     return [config for _, config in rounds]
 
 

@@ -14,17 +14,29 @@ from fastcl import tuning
 from fastcl.backends import triton
 from fastcl.backends.triton.kernels.sweep import sweep_kernel
 from fastcl.backends.triton.kernels.weights import weights_kernel
-from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Statistics, Term
+from fastcl.terms import NO_TAGS, Axis, Mask, Operands, Plan, Reduce, Statistics, Tags, Term
 
 _NEITHER, _NOT_SELF = Mask(self_pair=False, target=False), Mask(self_pair=False)
-_NT_XENT = Plan((Term(Reduce.LSE, _NEITHER), Term(Reduce.SUM, Mask(target=True))), symmetric=True)
-_CLIP = Plan(
-    (
-        Term(Reduce.LSE, _NOT_SELF),
-        Term(Reduce.LSE, _NOT_SELF, Axis.COLUMN),
-        Term(Reduce.SUM, Mask(self_pair=True)),
-    )
-)
+_OTHERS, _NEGATIVES = Mask(self_pair=False, label=True), Mask(label=False)
+_NT_XENT = (Term(Reduce.LSE, _NEITHER), Term(Reduce.SUM, Mask(target=True)))
+_ROW_OR_COLUMN = tuple(Axis)
+PLANS = {
+    "": Plan((*(Term(Reduce.LSE, _NOT_SELF, axis) for axis in _ROW_OR_COLUMN), Term(Reduce.SUM, Mask(self_pair=True)))),
+    "symmetric": Plan(_NT_XENT, symmetric=True),
+    "symmetric_several": Plan((*_NT_XENT, Term(Reduce.MAX, _NEITHER)), symmetric=True),
+    "tags": Plan(
+        tuple(
+            Term(reduce, mask, axis)
+            for axis in _ROW_OR_COLUMN
+            for reduce, mask in ((Reduce.LSE, _NEGATIVES), (Reduce.SUM, Mask(label=True)))
+        )
+    ),
+    "symmetric_tags": Plan(
+        (Term(Reduce.LSE, _NEGATIVES), Term(Reduce.LSE, _OTHERS), Term(Reduce.SUM, _OTHERS)), symmetric=True
+    ),
+}
+"""The plan that is timed, by what follows the kernel's name in an entry of the tables."""
+_LABELS = 8
 Step = Callable[[], Sequence[Tensor]]
 _JIT = {"sweep": sweep_kernel, "weights": weights_kernel}
 
@@ -43,7 +55,7 @@ class KernelBench:
         step = self._step_of(job)
         with _settings(job, config):
             outputs = step()
-        self._look_at_compiled(_JIT[job.kernel.removesuffix("_symmetric")])
+        self._look_at_compiled(_JIT[job.base])
         return outputs
 
     def spills(self) -> int:
@@ -62,9 +74,9 @@ class KernelBench:
         return self._step
 
     def _prepare(self, job: Job) -> Step:
-        plan = _NT_XENT if job.kernel.endswith("symmetric") else _CLIP
+        plan = PLANS[job.kernel.removeprefix(job.base).removeprefix("_")]
         operands = self._operands(job, plan)
-        if job.kernel.startswith("sweep"):
+        if job.base == "sweep":
             return lambda: tuple(triton.statistics(plan, operands))
         values = triton.statistics(plan, operands)
         incoming = Statistics(*(torch.full_like(value, 1.0 / self.rows) for value in values))
@@ -87,12 +99,15 @@ class KernelBench:
             return torch.nn.functional.normalize(x, dim=1).to(self.device, dtype)
 
         index = torch.arange(self.rows, device=self.device)
+        tags = Tags(labels=index % _LABELS) if plan.tests("label") else NO_TAGS
         return Operands(
             draw(),
             None if plan.symmetric else draw(),
             torch.tensor(10.0, device=self.device),
-            target=index.roll(self.rows // 2) if plan.symmetric else None,
+            target=index.roll(self.rows // 2) if plan.tests("target") else None,
             norm_bound=1.0,
+            row_tags=tags,
+            column_tags=NO_TAGS if plan.symmetric else tags,
         )
 
     def _look_at_compiled(self, kernel) -> None:

@@ -83,7 +83,8 @@ OF_SUP_CON = {"own_tags": (True, True, False), "other_tags": (True, True, False)
 PANEL = {"TERMS": constants(INFO_NCE).row_terms, "USES_SELF": True, "USES_TARGET": True, "GROUP_M": 8, "LABEL_WIDTH": 0}
 ONE_TERM = {"TERMS": constants(INFO_NCE).row_terms[:1], "LABEL_WIDTH": 0}
 CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
-    ("sweep_symmetric", sweep_kernel, constants(NT_XENT).as_arguments()),
+    ("sweep_symmetric", sweep_kernel, constants(Plan(NT_XENT.terms[:2], symmetric=True)).as_arguments()),
+    ("sweep_symmetric_several", sweep_kernel, constants(NT_XENT).as_arguments()),
     ("sweep", sweep_kernel, constants(CLIP).as_arguments()),
     ("redo", combine_kernel, COMBINE | {"TERMS": constants(NT_XENT).row_terms}),
     ("weights_symmetric", weights_kernel, constants(NT_XENT).as_arguments() | MIRRORED),
@@ -211,7 +212,7 @@ def test_default_configurations_fit(capability: int, tmp_path: Path, record_prop
     assert not too_much
 
 
-@pytest.mark.parametrize("case", [0, 1, 3, 4], ids=lambda i: CASES[i][0])
+@pytest.mark.parametrize("case", [0, 1, 2, 4, 5], ids=lambda i: CASES[i][0])
 def test_float16_on_hopper(case: int, tmp_path: Path) -> None:
     """As bfloat16 does; that the other architectures treat the two alike is taken for granted."""
     name, kernel, kernel_constants = CASES[case]
@@ -244,7 +245,7 @@ def test_unit_length_fits(kernel: Any, capability: int, tmp_path: Path) -> None:
     assert set(re.findall(r"arith\.muli .* : tensor<8x1x(i\d+)>", compiled.asm["ttir"])) == {"i64"}
 
 
-@pytest.mark.parametrize("case", [1, 2, 4, 5, 6], ids=lambda i: CASES[i][1].__name__)
+@pytest.mark.parametrize("case", [2, 3, 5, 6, 7], ids=lambda i: CASES[i][1].__name__)
 def test_row_offsets_are_64_bit(case: int) -> None:
     """N * D may exceed 2**31: both operands' indices are widened before they are multiplied by a stride.
 

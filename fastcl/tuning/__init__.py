@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 KERNELS = (
-    *("sweep", "sweep_symmetric", "redo", "weights", "weights_symmetric"),
+    *("sweep", "sweep_symmetric", "sweep_symmetric_several", "redo", "weights", "weights_symmetric"),
     *("sweep_tags", "sweep_symmetric_tags", "weights_tags", "weights_symmetric_tags"),
 )
-"""A symmetric plan walks a triangle of tiles, which must be square. Masks that test tags take registers."""
+"""A symmetric plan walks a triangle of tiles, which must be square; several terms to each tile take registers there.
+Masks that test tags take registers everywhere."""
 PRECISIONS = ("half", "tf32", "float32")
 
 
