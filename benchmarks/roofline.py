@@ -24,8 +24,8 @@ from fastcl import tuning
 from fastcl.backends import panels
 
 PLANS = ("panels", "registers", "one sweep")
-"""panels: the `triton` backend as it is. registers: a backward whose accumulators live in registers. one sweep: value
-and gradient from one panel of whole rows (one direction only). The second is not in the repository."""
+"""panels: W goes through memory. registers: a backward whose accumulators live in registers, in the repository for
+symmetric plans. one sweep: value and gradient from one panel of whole rows (one direction only)."""
 PASSES = {
     "nt_xent": {"panels": 2, "registers": 2.5},
     "clip": {"panels": 4, "registers": 5},
@@ -49,6 +49,8 @@ LATENCY = {"load": 1000, "partials": 200}
 LAUNCH = {"torch": 5e-6, "triton": 15e-6, "call": 60e-6}
 """Seconds of the host for an operator, for a kernel of Triton, and for autograd and the custom operator of a call."""
 SUPER_TILES = 32
+REGISTER_EPILOGUE = (1.2, 125)
+"""Registers of a thread for each of its elements of S and of the sums, and besides, compiled for sm_90."""
 REGISTER_WIDTH = 256
 """Columns of an accumulator that fit into registers; a wider D recomputes S for each such slice."""
 _LIBRARY_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128))
@@ -116,12 +118,20 @@ class Prediction:
         return self.floor / self.seconds
 
 
-def predict(case: Case, device: Device, plan: str = "panels", precision: str | None = None) -> Prediction:
-    """The prediction for value and gradients.
+def backend_plan(case: Case, device: Device, precision: str | None = None) -> str:
+    """Which of panels and registers the `triton` backend takes: what the device's table says."""
+    tuned_as = PRECISIONS[precision or case.dtype].tuned_as
+    fits = case.loss == "nt_xent" and tuning.registers(tuned_as, device.capability, case.dim) is not None
+    return "registers" if fits else "panels"
+
+
+def predict(case: Case, device: Device, plan: str | None = None, precision: str | None = None) -> Prediction:
+    """The prediction for value and gradients, by default for the plan of ``backend_plan``.
 
     Raises:
         ValueError: the loss has no such plan.
     """
+    plan = plan or backend_plan(case, device, precision)
     seconds = predicted_seconds(case, device, plan, precision)
     model = _Model(case, device, PRECISIONS[precision or case.dtype])
     parts = model.parts(plan, frozenset())
@@ -133,9 +143,10 @@ def predict(case: Case, device: Device, plan: str = "panels", precision: str | N
 
 
 def predicted_seconds(
-    case: Case, device: Device, plan: str = "panels", precision: str | None = None, *, free: Iterable[str] = ()
+    case: Case, device: Device, plan: str | None = None, precision: str | None = None, *, free: Iterable[str] = ()
 ) -> float:
     """The time alone, were the costs in ``free`` nothing."""
+    plan = plan or backend_plan(case, device, precision)
     if plan not in PASSES[case.loss]:
         raise ValueError(f"plan is {plan!r}, expected one of {', '.join(PASSES[case.loss])} for {case.loss}")
     return _Model(case, device, PRECISIONS[precision or case.dtype]).total(plan, frozenset(free))
@@ -149,7 +160,7 @@ def crossover(loss: str, device: Device, pairs: int, dtype: str = "bfloat16") ->
 
 
 def _panels_win(case: Case, device: Device) -> bool:
-    return predicted_seconds(case, device) < predicted_seconds(case, device, "registers")
+    return predicted_seconds(case, device, "panels") < predicted_seconds(case, device, "registers")
 
 
 def clocks_per_logit(case: Case, device: Device, kernel: str, config: tuning.Config, precision: str) -> float:
@@ -220,7 +231,7 @@ class _Model:
         kernels = self._around().kernels + 1 + (2 if self.both_axes and not self.symmetric else 1)
         count = len(self._cut(self._config("weights")))
         products = 2 * count if plan != "registers" else 0
-        kernels += count if plan != "registers" else 2
+        kernels += count if plan != "registers" else 1 if self.symmetric else 2
         return LAUNCH["call"] + LAUNCH["torch"] * (self._around().operators + products) + LAUNCH["triton"] * kernels
 
     def _around(self) -> Counted:
@@ -332,8 +343,9 @@ class _Model:
 
     def _registers(self, free: Free) -> dict[str, float]:
         """Each owner of rows recomputes its S for each slice of D that its accumulator holds, then W times it."""
-        config = tuning.Config(128, 64, 64, 8, 2)
-        width = min(self.d, REGISTER_WIDTH)
+        width = min(2 ** math.ceil(math.log2(self.d)), REGISTER_WIDTH)
+        config = tuning.registers(self.precision.tuned_as, self.device.capability, width)
+        config = config or tuning.Config(64, 64, width, 4, 2)
         slices = math.ceil(self.d / width)
         device, item = self.device, self.precision.itemsize
         area, other = config.block_m * config.block_n, config.block_n * self.d * item
@@ -348,8 +360,10 @@ class _Model:
         }
         cost |= dict.fromkeys(free & cost.keys(), 0.0)
         main, after = max(cost["tensor"], cost["shared"], cost["l2"]), max(cost["exps"], cost["issue"])
-        registers = config.block_m * (width + config.block_n) / (32 * config.num_warps) + 40
-        slots = resident(device, shared_memory(config, item) + other, registers, config.num_warps)
+        each, rest = REGISTER_EPILOGUE
+        registers = each * config.block_m * (width + config.block_n) / (32 * config.num_warps) + rest
+        shared = (config.block_m + config.num_stages * config.block_n) * width * item
+        slots = resident(device, shared, registers, config.num_warps)
         clocks = max(main, after, (main + after) / slots)
         programs = math.ceil(self.n / config.block_m)
         once_over = self._on_sms(programs, clocks * math.ceil(self.n / config.block_n), slots, free)

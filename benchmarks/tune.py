@@ -80,10 +80,12 @@ class Bench(Protocol):
 
 def candidates(job: Job, most_shared_memory: int, itemsize: int) -> list[tuning.Config]:
     """Block sizes that a launch could accept."""
-    sides, depths = (32, 64, 128, 256), (32, 64, 128)
+    sides, depths, piece = (32, 64, 128, 256), (32, 64, 128), 64
+    if job.base == "registers":
+        depths, piece = (32, 64, 128, 256), 16
     found = []
     for m, n, d, warps, stages in itertools.product(sides, sides, depths, (4, 8), (2, 3, 4)):
-        config = tuning.Config(m, n, d, warps, stages)
+        config = tuning.Config(m, n, d, warps, stages, piece)
         if reason_against(config, job, most_shared_memory, itemsize) is None:
             found.append(config)
     return found
@@ -91,6 +93,8 @@ def candidates(job: Job, most_shared_memory: int, itemsize: int) -> list[tuning.
 
 def reason_against(config: tuning.Config, job: Job, most_shared_memory: int, itemsize: int) -> str | None:
     """Why a configuration is not worth compiling, or None."""
+    if job.base == "registers":
+        return _reason_against_registers(config, job, most_shared_memory, itemsize)
     if job.symmetric and config.block_m != config.block_n:
         return "a triangle of tiles is made of squares"
     if config.block_d > max(32, 2 ** math.ceil(math.log2(job.d))):
@@ -103,13 +107,23 @@ def reason_against(config: tuning.Config, job: Job, most_shared_memory: int, ite
     return None
 
 
+def _reason_against_registers(config: tuning.Config, job: Job, most_shared_memory: int, itemsize: int) -> str | None:
+    if not config.block_d // 2 < job.d <= config.block_d:
+        return "its sums are not as wide as D"
+    size = (config.block_m + config.num_stages * config.block_n) * config.block_d * itemsize
+    if size > most_shared_memory:
+        return f"it takes {size:,} bytes of shared memory, {most_shared_memory:,} are there"
+    held = config.block_m * (config.block_n + config.block_d) // (32 * config.num_warps)
+    return f"a thread would hold {held} sums" if held > _ACCUMULATORS[1] else None
+
+
 def ordered(configs: Iterable[tuning.Config], job: Job, capability: tuple[int, int], rows: int) -> list[tuning.Config]:
-    """The most promising first, by the cost model of a device of this capability; as they come if there is none.
+    """The most promising first, by the cost model of a device of this capability; as they come if it has none.
 
     The model hardly tells pipelines apart: each tile is tried with one, then each with another.
     """
     device = next((device for device in DEVICES.values() if device.capability == capability), None)
-    if device is None:
+    if device is None or job.base == "registers":
         return list(configs)
     dtype = DTYPES[job.precision]
     case = case_of("nt_xent" if job.symmetric else "clip", rows, job.d, dtype)
@@ -129,8 +143,11 @@ def search(
     limit_s: float,
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
-) -> dict[Job, Found]:
-    """The jobs whose default was beaten. Each job gets its share of the time that is left."""
+) -> dict[Job, Found | None]:
+    """The jobs whose default was beaten, and those whose entry must go. Each gets its share of the time that is left.
+
+    Sums in registers have entries only where they beat panels of W, which are their default.
+    """
     deadline = clock() + limit_s
     found = {}
     for number, job in enumerate(jobs):
@@ -139,7 +156,7 @@ def search(
             say(f"{job}: left out, the {limit_s:.0f} s are over")
             continue
         best = _best_of(job, candidates_of(job), bench, lambda end=share_end: clock() >= end, say)
-        if best is not None:
+        if best is not None or job.base == "registers":
             found[job] = best
     return found
 
@@ -189,14 +206,15 @@ def _relative_difference(x: Tensor, exact: Tensor) -> float:
     return difference / size if size > 0 else difference
 
 
-def merged(content: Mapping[str, Any], found: Mapping[Job, Found]) -> dict[str, Any]:
+def merged(content: Mapping[str, Any], found: Mapping[Job, Found | None]) -> dict[str, Any]:
     """A table's content with what was found in place of entries of the same shape; all others stay."""
     content = json.loads(json.dumps(content))
-    for job, (config, _, _) in found.items():
+    for job, best in found.items():
         shape = {"d": job.d}
         entries = content["kernels"].setdefault(job.kernel, {}).setdefault(job.precision, [])
         entries[:] = [entry for entry in entries if entry["shape"] != shape]
-        entries.append({"shape": shape, **vars(config)})
+        if best is not None:
+            entries.append({"shape": shape, **vars(best.config)})
         entries.sort(key=lambda entry: sorted(entry["shape"].items()))
     return content
 
@@ -230,7 +248,7 @@ def table_file(folder: Path, capability: tuple[int, int], device: str, shared: i
 
 
 def write_table(
-    folder: Path, capability: tuple[int, int], device: str, shared: int, found: Mapping[Job, Found]
+    folder: Path, capability: tuple[int, int], device: str, shared: int, found: Mapping[Job, Found | None]
 ) -> Path:
     """Merges what was found into the device's file, as one step that an interruption can't leave half done."""
     path, content = table_file(folder, capability, device, shared)

@@ -12,6 +12,7 @@ from benchmarks.measure import time_step
 from benchmarks.tune import DTYPES, Job
 from fastcl import tuning
 from fastcl.backends import triton
+from fastcl.backends.triton.kernels.registers import registers_kernel
 from fastcl.backends.triton.kernels.sweep import sweep_kernel
 from fastcl.backends.triton.kernels.weights import weights_kernel
 from fastcl.terms import NO_TAGS, Axis, Mask, Operands, Plan, Reduce, Statistics, Tags, Term
@@ -38,7 +39,7 @@ PLANS = {
 """The plan that is timed, by what follows the kernel's name in an entry of the tables."""
 _LABELS = 8
 Step = Callable[[], Sequence[Tensor]]
-_JIT = {"sweep": sweep_kernel, "weights": weights_kernel}
+_JIT = {"sweep": sweep_kernel, "weights": weights_kernel, "registers": registers_kernel}
 
 
 class KernelBench:
@@ -123,7 +124,7 @@ def _settings(job: Job, config: tuning.Config | None) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if job.precision == "tf32" else "highest")
     try:
-        with tuning.override(config):
+        with tuning.override(registers=config) if job.base == "registers" else tuning.override(config):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

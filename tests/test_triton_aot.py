@@ -27,6 +27,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from fastcl.backends.triton.kernels.combine import combine_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.exponentials import exponentials_kernel, repair_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.head import head_kernel, loss_kernel  # noqa: E402
+from fastcl.backends.triton.kernels.registers import registers_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.sweep import sweep_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.unit import through_unit_kernel, unit_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.weights import weights_kernel  # noqa: E402
@@ -81,6 +82,7 @@ MIRRORED = WEIGHTS | {"MIRROR": True}
 COMBINE = {"OWN_IS_ROW": True, "LABEL_WIDTH": 0}
 OF_SUP_CON = {"own_tags": (True, True, False), "other_tags": (True, True, False)}
 PANEL = {"TERMS": constants(INFO_NCE).row_terms, "USES_SELF": True, "USES_TARGET": True, "GROUP_M": 8, "LABEL_WIDTH": 0}
+OWNED = {"TERMS": constants(NT_XENT).row_terms, "USES_SELF": True, "USES_TARGET": True}
 ONE_TERM = {"TERMS": constants(INFO_NCE).row_terms[:1], "LABEL_WIDTH": 0}
 CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("sweep_symmetric", sweep_kernel, constants(Plan(NT_XENT.terms[:2], symmetric=True)).as_arguments()),
@@ -91,6 +93,7 @@ CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("weights", weights_kernel, constants(CLIP).as_arguments() | WEIGHTS),
     ("weights", exponentials_kernel, PANEL),
     ("redo", repair_kernel, ONE_TERM),
+    ("registers_symmetric", registers_kernel, OWNED),
 )
 """(entry of the tuning table, kernel, constants): the most demanding plan for each kernel."""
 TAGGED: tuple[tuple[str, Any, dict[str, Any]], ...] = (
@@ -261,6 +264,12 @@ def test_row_offsets_are_64_bit(case: int) -> None:
     assert narrow == {weights_kernel: {rows, f"{config.piece}x1"}, exponentials_kernel: {rows}}.get(kernel, set())
 
 
+def test_row_offsets_of_sums_in_registers_are_64_bit() -> None:
+    config = tuning.registers("half", (9, 0), 128)
+    ir = compile_at(registers_kernel, "bf16", "ieee", OWNED, 90, config).asm["ttir"]
+    assert set(re.findall(r"arith\.muli .* : tensor<\d+x1x(i\d+)>", ir)) == {"i64"}
+
+
 def test_tables_are_complete() -> None:
     """Every capability finds exactly one table; a triangle of tiles is made of squares."""
     tables = tuning.tables()
@@ -268,10 +277,13 @@ def test_tables_are_complete() -> None:
     assert len(claimed) == len(set(claimed))
     assert sum(not t.capabilities for t in tables) == 1
     for t in tables:
-        assert all(t.entries.values())
+        assert all(entries for (kernel, _), entries in t.entries.items() if kernel != "registers_symmetric")
         for (kernel, _), entries in t.entries.items():
-            for _, config in entries:
-                assert config.block_m == config.block_n or "symmetric" not in kernel
+            for shape, config in entries:
+                if kernel == "registers_symmetric":
+                    assert config.block_d == shape["d"]
+                else:
+                    assert config.block_m == config.block_n or "symmetric" not in kernel
 
 
 def test_nearest_shape() -> None:

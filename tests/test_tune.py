@@ -91,6 +91,10 @@ def test_time_is_shared_and_ends() -> None:
 def test_candidates_fit(kernel: str, d: int) -> None:
     job = Job(kernel, "half", d)
     found = tune.candidates(job, 101_376, 2)
+    if job.base == "registers":
+        assert bool(found) == (d <= 256)
+        assert all(config.block_d == d and config.block_m * (config.block_n + d) // 128 >= 8 for config in found)
+        return
     assert len(found) > 10
     for config in found:
         assert config.num_stages * (config.block_m + config.block_n) * config.block_d * 2 <= 101_376
@@ -145,6 +149,18 @@ def test_tables_survive(path: Path) -> None:
     ]
 
 
+def test_sums_in_registers_lose_their_entry() -> None:
+    """Where panels of W were faster, or as fast, there is to be none."""
+    job = Job("registers_symmetric", "half", 128)
+    content = json.loads((TABLES / "sm_90.json").read_text())
+    assert [entry["shape"]["d"] for entry in content["kernels"]["registers_symmetric"]["half"]] == [64, 128]
+    found, _, _ = _search([SLOW], jobs=[job])
+    assert found == {job: None}
+    entries = tune.merged(content, found)["kernels"]["registers_symmetric"]["half"]
+    assert [entry["shape"]["d"] for entry in entries] == [64]
+    assert _search([FAST], jobs=[job])[0] == {job: Found(FAST, 1.0, DEFAULT_MS)}
+
+
 @pytest.mark.parametrize(("capability", "name"), [((9, 0), "sm_90.json"), ((8, 9), "sm_89.json")])
 def test_device_gets_its_file(
     capability: tuple[int, int], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -194,7 +210,7 @@ def test_real_kernels(kernel: str) -> None:
     from fastcl.backends.triton.plan import table_entry
 
     job = Job(kernel, "half", 32)
-    config = tuning.Config(16, 16, 16, 4, 2)
+    config = tuning.Config(16, 16, 32 if job.base == "registers" else 16, 4, 2)
     bench = KernelBench(40, "cpu", budget_s=0.0)
     said: list[str] = []
     assert table_entry(job.base, PLANS[kernel.removeprefix(job.base).removeprefix("_")]) == kernel

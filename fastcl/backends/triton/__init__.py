@@ -1,10 +1,11 @@
 """Fused Triton kernels for CUDA devices: a forward that sweeps S once, a backward over bounded panels of W.
 
-A softmax loss along rows takes one sweep for both, over panels of whole rows.
+A softmax loss along rows takes one sweep for both, over panels of whole rows. A symmetric plan's backward over short
+rows may keep its sums in registers.
 
-May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share, ``softmax`` and ``shift``. Importing this
-package does not import Triton; only a call does. Under ``TRITON_INTERPRET=1`` it also takes CPU tensors, to be tested
-without a device.
+May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share, ``panels``, ``shift`` and ``softmax``.
+Importing this package does not import Triton; only a call does. Under ``TRITON_INTERPRET=1`` it also takes CPU tensors,
+to be tested without a device.
 """
 
 from __future__ import annotations
