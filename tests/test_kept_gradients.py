@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastcl
 from fastcl.backends import panels
-from fastcl.terms import Plan, waiting_dtype
+from fastcl.cross_entropy import Options
+from fastcl.terms import Mask, Needs, Plan, Reduce, Term, waiting_dtype
 
 N, M, D = 300, 260, 8
 CLIP = Plan.decode("general lse:row: lse:column:")
@@ -87,3 +88,15 @@ def test_the_factor_of_backward_is_not_rounded(factor: float, monkeypatch: pytes
         assert ((x.grad.double() - exact.grad).norm() / exact.grad.norm()).item() < 5e-3
         along = (x.grad.double() * exact.grad).sum() / exact.grad.square().sum()
         assert abs(along.item() - 1) < 4e-4
+
+
+def test_the_fake_knows_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcl.cross_entropy.waiting_dtype", lambda dtype, device: torch.bfloat16)
+    a, b = torch.randn(2, 12, D).bfloat16()
+    plan = Plan((Term(Reduce.LSE, Mask(self_pair=False)), Term(Reduce.SUM, Mask(self_pair=True))))
+    needs = Needs(a=True, b=True, scale=True)
+    options = Options(plan, mean=True, normalize=True, norm_bound=None, needs=needs, backend="tiled")
+    arguments = (a, b, torch.tensor(2.0), None, None, None, options.encode(), [None] * 6)
+    torch.library.opcheck(torch.ops.fastcl.cross_entropy, arguments, test_utils=("test_schema", "test_faketensor"))
+    gradients = torch.ops.fastcl.cross_entropy(*arguments)[3:6]
+    assert [x.dtype for x in gradients] == [torch.bfloat16, torch.bfloat16, torch.float32]
