@@ -18,12 +18,14 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.cases import TAU, Case
 from benchmarks.measure import gradient_step
+from fastcl.backends.panels import TALLEST
 from fastcl.backends.shift import fixed_shift
-from fastcl.backends.softmax import finish
+from fastcl.backends.softmax import narrowed, scale_gradient
 from fastcl.cross_entropy import Options
-from fastcl.terms import Operands, Plan, Products, Statistics
+from fastcl.terms import Needs, Operands, Plan, Products, Statistics, waiting_dtype
 
 _PARTIAL_SLOTS = 32
+_GPU = torch.device("cuda")
 
 
 @dataclass(frozen=True)
@@ -100,36 +102,53 @@ class _Counter(TorchDispatchMode):
     def _cross_entropy(self, a, b, scale, target, positive, weights, text, tags):
         call = Options.decode(text)
         operands = Operands(a, b, scale, target, call.norm_bound)
-        unit = replace(operands, a=torch.empty_like(a), b=None if b is None else torch.empty_like(b))
-        if not call.normalize:
-            unit = operands
+        if call.normalize:
+            operands = replace(operands, a=torch.empty_like(a), b=None if b is None else torch.empty_like(b))
+            for x in (a,) if b is None else (a, b):
+                self._kernel(x, x)
+        else:
             fixed_shift(operands, scale)
-        statistics = _statistics(call.plan, unit)
-        products = self._products(call.plan, unit, call.needs.product_a, call.needs.b)
-        gradients = finish(call.plan, unit, products, call.needs)
+        statistics = _statistics(call.plan, operands)
+        needs, dtype = call.needs, waiting_dtype(a.dtype, _GPU)
+        gradient_a = torch.empty(a.shape, dtype=dtype) if needs.a and needs.b else None
+        products = self._products(operands, needs, keeps_rows=gradient_a is not None)
+        slope = scale_gradient(call.plan, operands, products) if needs.scale else None
+        del operands
+        if gradient_a is not None:
+            self._finish(a, gradient_a, call.normalize)
+        elif needs.a:
+            gradient_a = narrowed(products.a, dtype)
+            self._finish(a, gradient_a, call.normalize)
+        gradient_b = None
+        if needs.b:
+            gradient_b = narrowed(products.b, dtype)
+            self._finish(b, gradient_b, call.normalize)
         self.kernels += 1
         loss = torch.empty(a.shape[0]).sum()
-        if call.normalize:
-            for x, gradient in ((a, gradients.a), (b, gradients.b)):
-                if x is not None:
-                    self._kernel(x, x)
-                if gradient is not None:
-                    self._kernel(x, gradient, gradient)
-        slope = None if positive is None else torch.empty_like(positive)
-        return loss, *statistics, *(scale.new_empty(0) if g is None else g for g in (*gradients, slope))
+        gradients = gradient_a, gradient_b, slope, None if positive is None else torch.empty_like(positive)
+        return loss, *statistics, *(scale.new_empty(0) if g is None else g for g in gradients)
+
+    def _finish(self, x: Tensor, gradient: Tensor, normalize: bool) -> None:
+        """A float32 product of the shape of ``x`` is turned into the gradient."""
+        self.bytes += x.numel() * 4 + _bytes(gradient)
+        if normalize:
+            self._kernel(x)
+        else:
+            self.operators += 1
 
     def _kernel(self, *moved: Tensor) -> None:
         self.kernels += 1
         self.bytes += sum(_bytes(x) for x in moved)
 
-    def _products(self, plan, operands, needs_a, needs_b) -> Products:
-        n, m = operands.shape
+    def _products(self, operands: Operands, needs: Needs, keeps_rows: bool) -> Products:
+        """The float32 sums, of W @ B only a panel's rows where they are finished one panel after the other."""
+        (n, d), m = operands.a.shape, operands.keys.shape[0]
         panel = min(self.workspace, n * m * operands.a.element_size())
         workspace = torch.empty(panel, dtype=torch.uint8)
-        needs_b = needs_b and not plan.symmetric
-        products = Products(*(_float32(x) if wanted else None for x, wanted in _both(operands, needs_a, needs_b)))
+        sum_a = torch.empty(min(n, TALLEST) if keeps_rows else n, d) if needs.product_a else None
+        sum_b = torch.empty(m, d) if needs.b else None
         del workspace
-        return products
+        return Products(None if keeps_rows else sum_a, sum_b)
 
 
 def _statistics(plan: Plan, operands: Operands) -> Statistics:
@@ -137,14 +156,6 @@ def _statistics(plan: Plan, operands: Operands) -> Statistics:
     for terms, count in sizes:
         torch.empty(terms, _PARTIAL_SLOTS, count)
     return Statistics(*(torch.empty(size) for size in sizes))
-
-
-def _both(operands: Operands, needs_a: bool, needs_b: bool) -> tuple[tuple[Tensor, bool], ...]:
-    return (operands.a, needs_a), (operands.keys, needs_b)
-
-
-def _float32(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=torch.float32)
 
 
 def _bytes(x: Tensor) -> int:

@@ -15,7 +15,17 @@ from benchmarks.around import dense
 from benchmarks.cases import Case
 from benchmarks.devices import DEVICES, Device
 from benchmarks.report import markdown_row
-from benchmarks.roofline import LAUNCH, PASSES, PLANS, PRECISIONS, Prediction, crossover, predict, predicted_seconds
+from benchmarks.roofline import (
+    LAUNCH,
+    PASSES,
+    PLANS,
+    PRECISIONS,
+    Prediction,
+    backend_plan,
+    crossover,
+    predict,
+    predicted_seconds,
+)
 from benchmarks.targets import TARGETS, Target
 
 ROWS = 32768
@@ -70,7 +80,7 @@ def case_table(device: Device, rows: int, dims: Iterable[int], dtype: str = "bfl
             case = case_of(loss, rows, dim, dtype)
             found = {plan: predict(case, device, plan, dtype) for plan in PASSES[loss]}
             cells = [_ms(found[plan].seconds) if plan in found else "-" for plan in PLANS]
-            now = found["panels"]
+            now = found[backend_plan(case, device, dtype)]
             lines.append(
                 markdown_row(f"`{loss}`", f"{dim:,}", _ms(now.floor), *cells, f"{now.fraction:.0%}", _bound(now))
             )
@@ -197,7 +207,9 @@ def _predicted(target: Target, device: Device) -> tuple[float | None, str]:
         return found.fraction, f"{_ms(found.seconds)} ms for {_ms(found.floor)}; {_bound(found)}"
     if target.unit == "GB":
         gradients = 2 * target.case.pairs * target.case.dim * target.case.torch_dtype.itemsize
-        return (found.memory - gradients) / 1e9, "normalised copies, and gradients kept in float32 until backward"
+        return (
+            found.memory - gradients
+        ) / 1e9, "copies of unit length, one gradient, the other's sums in float32, a panel"
     eager = dense_seconds(target.case, device)
     return eager / found.seconds, f"{_ms(found.seconds)} ms against {_ms(eager)}; {_bound(found)}"
 

@@ -21,10 +21,11 @@ from benchmarks.around import Counted, around_kernels
 from benchmarks.cases import Case
 from benchmarks.devices import Device
 from fastcl import tuning
+from fastcl.backends import panels
 
 PLANS = ("panels", "registers", "one sweep")
-"""panels: the `triton` backend as it is. registers: a backward whose accumulators live in registers. one sweep: value
-and gradient from one panel of whole rows (one direction only). The second is not in the repository."""
+"""panels: W goes through memory. registers: a backward whose accumulators live in registers, in the repository for
+symmetric plans. one sweep: value and gradient from one panel of whole rows (one direction only)."""
 PASSES = {
     "nt_xent": {"panels": 2, "registers": 2.5},
     "clip": {"panels": 4, "registers": 5},
@@ -47,7 +48,9 @@ LATENCY = {"load": 1000, "partials": 200}
 """Clocks until a tile's first operands have come, and for a column's partial sums, read before, to be written."""
 LAUNCH = {"torch": 5e-6, "triton": 15e-6, "call": 60e-6}
 """Seconds of the host for an operator, for a kernel of Triton, and for autograd and the custom operator of a call."""
-SUPER_TILES, PANEL_ROWS, MOST_ELEMENTS, REDO_ROWS = 32, 8192, 2**30, 64
+SUPER_TILES = 32
+REGISTER_EPILOGUE = (1.2, 125)
+"""Registers of a thread for each of its elements of S and of the sums, and besides, compiled for sm_90."""
 REGISTER_WIDTH = 256
 """Columns of an accumulator that fit into registers; a wider D recomputes S for each such slice."""
 _LIBRARY_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128))
@@ -115,12 +118,20 @@ class Prediction:
         return self.floor / self.seconds
 
 
-def predict(case: Case, device: Device, plan: str = "panels", precision: str | None = None) -> Prediction:
-    """The prediction for value and gradients.
+def backend_plan(case: Case, device: Device, precision: str | None = None) -> str:
+    """Which of panels and registers the `triton` backend takes: what the device's table says."""
+    tuned_as = PRECISIONS[precision or case.dtype].tuned_as
+    fits = case.loss == "nt_xent" and tuning.registers(tuned_as, device.capability, case.dim) is not None
+    return "registers" if fits else "panels"
+
+
+def predict(case: Case, device: Device, plan: str | None = None, precision: str | None = None) -> Prediction:
+    """The prediction for value and gradients, by default for the plan of ``backend_plan``.
 
     Raises:
         ValueError: the loss has no such plan.
     """
+    plan = plan or backend_plan(case, device, precision)
     seconds = predicted_seconds(case, device, plan, precision)
     model = _Model(case, device, PRECISIONS[precision or case.dtype])
     parts = model.parts(plan, frozenset())
@@ -132,9 +143,10 @@ def predict(case: Case, device: Device, plan: str = "panels", precision: str | N
 
 
 def predicted_seconds(
-    case: Case, device: Device, plan: str = "panels", precision: str | None = None, *, free: Iterable[str] = ()
+    case: Case, device: Device, plan: str | None = None, precision: str | None = None, *, free: Iterable[str] = ()
 ) -> float:
     """The time alone, were the costs in ``free`` nothing."""
+    plan = plan or backend_plan(case, device, precision)
     if plan not in PASSES[case.loss]:
         raise ValueError(f"plan is {plan!r}, expected one of {', '.join(PASSES[case.loss])} for {case.loss}")
     return _Model(case, device, PRECISIONS[precision or case.dtype]).total(plan, frozenset(free))
@@ -148,7 +160,7 @@ def crossover(loss: str, device: Device, pairs: int, dtype: str = "bfloat16") ->
 
 
 def _panels_win(case: Case, device: Device) -> bool:
-    return predicted_seconds(case, device) < predicted_seconds(case, device, "registers")
+    return predicted_seconds(case, device, "panels") < predicted_seconds(case, device, "registers")
 
 
 def clocks_per_logit(case: Case, device: Device, kernel: str, config: tuning.Config, precision: str) -> float:
@@ -217,9 +229,9 @@ class _Model:
     def _host(self, plan: str) -> float:
         # the sweep, and for each axis its partial results combined
         kernels = self._around().kernels + 1 + (2 if self.both_axes and not self.symmetric else 1)
-        panels = len(panel_sizes(self.n, self._config("weights"), self.symmetric, self._elements()))
-        products = 2 * panels if plan != "registers" else 0
-        kernels += panels if plan != "registers" else 2
+        count = len(self._cut(self._config("weights")))
+        products = 2 * count if plan != "registers" else 0
+        kernels += count if plan != "registers" else 1 if self.symmetric else 2
         return LAUNCH["call"] + LAUNCH["torch"] * (self._around().operators + products) + LAUNCH["triton"] * kernels
 
     def _around(self) -> Counted:
@@ -230,7 +242,11 @@ class _Model:
         return tuning.lookup(name, self.precision.tuned_as, self.device.capability, n=self.n, m=self.n, d=self.d)
 
     def _elements(self) -> int:
-        return min(tuning.workspace_bytes(self.device.capability) // self.precision.itemsize, MOST_ELEMENTS)
+        return min(tuning.workspace_bytes(self.device.capability) // self.precision.itemsize, panels.MOST_ELEMENTS)
+
+    def _cut(self, config: tuning.Config) -> list[panels.Panel]:
+        """The backward's panels."""
+        return panels.cut(self.n, self.n, (config.block_m, config.block_n), self._elements(), self.symmetric)
 
     def _tile_clocks(
         self, kernel: str, config: tuning.Config, free: Free, *, slots: int | None = None, masked: float = 1.0
@@ -299,14 +315,15 @@ class _Model:
         clocks, slots = self._mean_tile_clocks("weights", config, free)
         weights = products = 0.0
         item = self.precision.itemsize
-        for rows, columns, mirror in panel_sizes(self.n, config, self.symmetric, self._elements()):
+        for panel in self._cut(config):
+            rows, columns = panel.shape
             tiles = math.ceil(rows / config.block_m) * math.ceil(columns / config.block_n)
-            if mirror:
+            if panel.mirror:
                 side = math.ceil(rows / config.block_m)
                 tiles = side * (side + 1) // 2
             weights += self._at_least(self._on_sms(tiles, clocks, slots, free), rows * columns * item, free)
             products += self._product(rows, self.d, columns, free)
-            if not mirror:
+            if not panel.mirror:
                 products += self._product(columns, self.d, rows, free)
         return {"weights": weights, "products": products}
 
@@ -326,8 +343,9 @@ class _Model:
 
     def _registers(self, free: Free) -> dict[str, float]:
         """Each owner of rows recomputes its S for each slice of D that its accumulator holds, then W times it."""
-        config = tuning.Config(128, 64, 64, 8, 2)
-        width = min(self.d, REGISTER_WIDTH)
+        width = min(2 ** math.ceil(math.log2(self.d)), REGISTER_WIDTH)
+        config = tuning.registers(self.precision.tuned_as, self.device.capability, width)
+        config = config or tuning.Config(64, 64, width, 4, 2)
         slices = math.ceil(self.d / width)
         device, item = self.device, self.precision.itemsize
         area, other = config.block_m * config.block_n, config.block_n * self.d * item
@@ -342,8 +360,10 @@ class _Model:
         }
         cost |= dict.fromkeys(free & cost.keys(), 0.0)
         main, after = max(cost["tensor"], cost["shared"], cost["l2"]), max(cost["exps"], cost["issue"])
-        registers = config.block_m * (width + config.block_n) / (32 * config.num_warps) + 40
-        slots = resident(device, shared_memory(config, item) + other, registers, config.num_warps)
+        each, rest = REGISTER_EPILOGUE
+        registers = each * config.block_m * (width + config.block_n) / (32 * config.num_warps) + rest
+        shared = (config.block_m + config.num_stages * config.block_n) * width * item
+        slots = resident(device, shared, registers, config.num_warps)
         clocks = max(main, after, (main + after) / slots)
         programs = math.ceil(self.n / config.block_m)
         once_over = self._on_sms(programs, clocks * math.ceil(self.n / config.block_n), slots, free)
@@ -379,21 +399,6 @@ def tile_count(n: int, config: tuning.Config, symmetric: bool) -> int:
     """Tiles of S that a sweep visits."""
     rows, columns = math.ceil(n / config.block_m), math.ceil(n / config.block_n)
     return rows * (rows + 1) // 2 if symmetric else rows * columns
-
-
-def panel_sizes(n: int, config: tuning.Config, symmetric: bool, elements: int) -> list[tuple[int, int, bool]]:
-    """(rows, columns, whether on a symmetric plan's diagonal) of each panel, as the backward cuts them."""
-    tallest = max(config.block_m, min(PANEL_ROWS, math.isqrt(elements)) // config.block_m * config.block_m)
-    height = min(math.ceil(n / config.block_m) * config.block_m, tallest)
-    width = max(config.block_n, elements // height // config.block_n * config.block_n)
-    sizes = []
-    begin = 0
-    for rows in _cut(n, height):
-        if symmetric:
-            sizes.append((rows, rows, True))
-        sizes += [(rows, columns, False) for columns in _cut(n - begin - rows if symmetric else n, width)]
-        begin += rows
-    return sizes
 
 
 def _cut(count: int, size: int) -> Iterable[int]:

@@ -25,7 +25,7 @@ from benchmarks.predictions import case_of
 from benchmarks.roofline import clocks_per_logit, shared_memory
 from fastcl import tuning
 
-KERNELS = ("sweep", "sweep_symmetric", "weights", "weights_symmetric")
+KERNELS = tuple(kernel for kernel in tuning.KERNELS if kernel != "redo")
 """The redo kernel is not among them: it nearly always returns at once."""
 DTYPES = {"half": "bfloat16", "tf32": "tf32", "float32": "float32"}
 """The dtype that stands for each precision class."""
@@ -46,6 +46,15 @@ class Job(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kernel} {self.precision} D = {self.d}"
+
+    @property
+    def base(self) -> str:
+        """The kernel without what the entry says of its plans."""
+        return self.kernel.split("_")[0]
+
+    @property
+    def symmetric(self) -> bool:
+        return "symmetric" in self.kernel
 
 
 class Found(NamedTuple):
@@ -71,10 +80,12 @@ class Bench(Protocol):
 
 def candidates(job: Job, most_shared_memory: int, itemsize: int) -> list[tuning.Config]:
     """Block sizes that a launch could accept."""
-    sides, depths = (32, 64, 128, 256), (32, 64, 128)
+    sides, depths, piece = (32, 64, 128, 256), (32, 64, 128), 64
+    if job.base == "registers":
+        depths, piece = (32, 64, 128, 256), 16
     found = []
     for m, n, d, warps, stages in itertools.product(sides, sides, depths, (4, 8), (2, 3, 4)):
-        config = tuning.Config(m, n, d, warps, stages)
+        config = tuning.Config(m, n, d, warps, stages, piece)
         if reason_against(config, job, most_shared_memory, itemsize) is None:
             found.append(config)
     return found
@@ -82,7 +93,9 @@ def candidates(job: Job, most_shared_memory: int, itemsize: int) -> list[tuning.
 
 def reason_against(config: tuning.Config, job: Job, most_shared_memory: int, itemsize: int) -> str | None:
     """Why a configuration is not worth compiling, or None."""
-    if job.kernel.endswith("symmetric") and config.block_m != config.block_n:
+    if job.base == "registers":
+        return _reason_against_registers(config, job, most_shared_memory, itemsize)
+    if job.symmetric and config.block_m != config.block_n:
         return "a triangle of tiles is made of squares"
     if config.block_d > max(32, 2 ** math.ceil(math.log2(job.d))):
         return "its steps are longer than D"
@@ -94,21 +107,32 @@ def reason_against(config: tuning.Config, job: Job, most_shared_memory: int, ite
     return None
 
 
+def _reason_against_registers(config: tuning.Config, job: Job, most_shared_memory: int, itemsize: int) -> str | None:
+    if not config.block_d // 2 < job.d <= config.block_d:
+        return "its sums are not as wide as D"
+    size = (config.block_m + config.num_stages * config.block_n) * config.block_d * itemsize
+    if size > most_shared_memory:
+        return f"it takes {size:,} bytes of shared memory, {most_shared_memory:,} are there"
+    held = config.block_m * (config.block_n + config.block_d) // (32 * config.num_warps)
+    return f"a thread would hold {held} sums" if held > _ACCUMULATORS[1] else None
+
+
 def ordered(configs: Iterable[tuning.Config], job: Job, capability: tuple[int, int], rows: int) -> list[tuning.Config]:
-    """The most promising first, by the cost model of a device of this capability; as they come if there is none.
+    """The most promising first, by the cost model of a device of this capability; as they come if it has none.
 
     The model hardly tells pipelines apart: each tile is tried with one, then each with another.
     """
     device = next((device for device in DEVICES.values() if device.capability == capability), None)
-    if device is None:
+    if device is None or job.base == "registers":
         return list(configs)
-    dtype, kernel = DTYPES[job.precision], job.kernel.removesuffix("_symmetric")
-    case = case_of("nt_xent" if job.kernel.endswith("symmetric") else "clip", rows, job.d, dtype)
+    dtype = DTYPES[job.precision]
+    case = case_of("nt_xent" if job.symmetric else "clip", rows, job.d, dtype)
     pipelines: dict[tuple[int, int, int], list[tuning.Config]] = {}
     for config in sorted(configs, key=lambda config: (abs(config.block_d - 64), abs(config.num_stages - 3))):
         pipelines.setdefault((config.block_m, config.block_n, config.num_warps), []).append(config)
     rounds = [(i, config) for group in pipelines.values() for i, config in enumerate(group)]
-    rounds.sort(key=lambda entry: (entry[0], clocks_per_logit(case, device, kernel, entry[1], dtype)))
+    modelled = {"sigmoid": "weights"}.get(job.base, job.base)
+    rounds.sort(key=lambda entry: (entry[0], clocks_per_logit(case, device, modelled, entry[1], dtype)))
     return [config for _, config in rounds]
 
 
@@ -120,8 +144,11 @@ def search(
     limit_s: float,
     say: Callable[[str], None] = print,
     clock: Callable[[], float] = time.monotonic,
-) -> dict[Job, Found]:
-    """The jobs whose default was beaten. Each job gets its share of the time that is left."""
+) -> dict[Job, Found | None]:
+    """The jobs whose default was beaten, and those whose entry must go. Each gets its share of the time that is left.
+
+    Sums in registers have entries only where they beat panels of W, which are their default.
+    """
     deadline = clock() + limit_s
     found = {}
     for number, job in enumerate(jobs):
@@ -130,7 +157,7 @@ def search(
             say(f"{job}: left out, the {limit_s:.0f} s are over")
             continue
         best = _best_of(job, candidates_of(job), bench, lambda end=share_end: clock() >= end, say)
-        if best is not None:
+        if best is not None or job.base == "registers":
             found[job] = best
     return found
 
@@ -180,14 +207,15 @@ def _relative_difference(x: Tensor, exact: Tensor) -> float:
     return difference / size if size > 0 else difference
 
 
-def merged(content: Mapping[str, Any], found: Mapping[Job, Found]) -> dict[str, Any]:
+def merged(content: Mapping[str, Any], found: Mapping[Job, Found | None]) -> dict[str, Any]:
     """A table's content with what was found in place of entries of the same shape; all others stay."""
     content = json.loads(json.dumps(content))
-    for job, (config, _, _) in found.items():
+    for job, best in found.items():
         shape = {"d": job.d}
         entries = content["kernels"].setdefault(job.kernel, {}).setdefault(job.precision, [])
         entries[:] = [entry for entry in entries if entry["shape"] != shape]
-        entries.append({"shape": shape, **vars(config)})
+        if best is not None:
+            entries.append({"shape": shape, **vars(best.config)})
         entries.sort(key=lambda entry: sorted(entry["shape"].items()))
     return content
 
@@ -221,7 +249,7 @@ def table_file(folder: Path, capability: tuple[int, int], device: str, shared: i
 
 
 def write_table(
-    folder: Path, capability: tuple[int, int], device: str, shared: int, found: Mapping[Job, Found]
+    folder: Path, capability: tuple[int, int], device: str, shared: int, found: Mapping[Job, Found | None]
 ) -> Path:
     """Merges what was found into the device's file, as one step that an interruption can't leave half done."""
     path, content = table_file(folder, capability, device, shared)

@@ -12,21 +12,47 @@ from benchmarks.measure import time_step
 from benchmarks.tune import DTYPES, Job
 from fastcl import tuning
 from fastcl.backends import triton
+from fastcl.backends.triton.kernels.registers import registers_kernel
+from fastcl.backends.triton.kernels.sigmoid import sigmoid_kernel
 from fastcl.backends.triton.kernels.sweep import sweep_kernel
 from fastcl.backends.triton.kernels.weights import weights_kernel
-from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Statistics, Term
+from fastcl.terms import (
+    NO_TAGS,
+    Axis,
+    Mask,
+    Operands,
+    PanelNeeds,
+    PanelOperands,
+    Plan,
+    Reduce,
+    Statistics,
+    Tags,
+    Term,
+)
 
 _NEITHER, _NOT_SELF = Mask(self_pair=False, target=False), Mask(self_pair=False)
-_NT_XENT = Plan((Term(Reduce.LSE, _NEITHER), Term(Reduce.SUM, Mask(target=True))), symmetric=True)
-_CLIP = Plan(
-    (
-        Term(Reduce.LSE, _NOT_SELF),
-        Term(Reduce.LSE, _NOT_SELF, Axis.COLUMN),
-        Term(Reduce.SUM, Mask(self_pair=True)),
-    )
-)
+_OTHERS, _NEGATIVES = Mask(self_pair=False, label=True), Mask(label=False)
+_NT_XENT = (Term(Reduce.LSE, _NEITHER), Term(Reduce.SUM, Mask(target=True)))
+_ROW_OR_COLUMN = tuple(Axis)
+PLANS = {
+    "": Plan((*(Term(Reduce.LSE, _NOT_SELF, axis) for axis in _ROW_OR_COLUMN), Term(Reduce.SUM, Mask(self_pair=True)))),
+    "symmetric": Plan(_NT_XENT, symmetric=True),
+    "symmetric_several": Plan((*_NT_XENT, Term(Reduce.MAX, _NEITHER)), symmetric=True),
+    "tags": Plan(
+        tuple(
+            Term(reduce, mask, axis)
+            for axis in _ROW_OR_COLUMN
+            for reduce, mask in ((Reduce.LSE, _NEGATIVES), (Reduce.SUM, Mask(label=True)))
+        )
+    ),
+    "symmetric_tags": Plan(
+        (Term(Reduce.LSE, _NEGATIVES), Term(Reduce.LSE, _OTHERS), Term(Reduce.SUM, _OTHERS)), symmetric=True
+    ),
+}
+"""The plan that is timed, by what follows the kernel's name in an entry of the tables."""
+_LABELS = 8
 Step = Callable[[], Sequence[Tensor]]
-_JIT = {"sweep": sweep_kernel, "weights": weights_kernel}
+_JIT = {"sweep": sweep_kernel, "weights": weights_kernel, "registers": registers_kernel, "sigmoid": sigmoid_kernel}
 
 
 class KernelBench:
@@ -43,7 +69,7 @@ class KernelBench:
         step = self._step_of(job)
         with _settings(job, config):
             outputs = step()
-        self._look_at_compiled(_JIT[job.kernel.removesuffix("_symmetric")])
+        self._look_at_compiled(_JIT[job.base])
         return outputs
 
     def spills(self) -> int:
@@ -62,9 +88,11 @@ class KernelBench:
         return self._step
 
     def _prepare(self, job: Job) -> Step:
-        plan = _NT_XENT if job.kernel.endswith("symmetric") else _CLIP
+        if job.base == "sigmoid":
+            return self._siglip(job)
+        plan = PLANS[job.kernel.removeprefix(job.base).removeprefix("_")]
         operands = self._operands(job, plan)
-        if job.kernel.startswith("sweep"):
+        if job.base == "sweep":
             return lambda: tuple(triton.statistics(plan, operands))
         values = triton.statistics(plan, operands)
         incoming = Statistics(*(torch.full_like(value, 1.0 / self.rows) for value in values))
@@ -72,6 +100,19 @@ class KernelBench:
         def step() -> tuple[Tensor, ...]:
             products = triton.gradient(plan, operands, values, incoming, True, not plan.symmetric)
             return tuple(product for product in products if product is not None)
+
+        return step
+
+    def _siglip(self, job: Job) -> Step:
+        given = self._operands(job, PLANS[""])
+        bias = torch.tensor(-10.0, device=self.device)
+        operands = PanelOperands(given.a, given.b, given.scale, bias, None, None, None, NO_TAGS, NO_TAGS)
+        incoming = torch.full((self.rows,), 1.0 / self.rows, device=self.device)
+        needs = PanelNeeds(a=True, b=True, scale=True, bias=True, columns=False)
+
+        def step() -> tuple[Tensor, ...]:
+            found = triton.PANEL_KERNELS["sigmoid"](operands, incoming, needs)
+            return tuple(gradient for gradient in found if gradient is not None)
 
         return step
 
@@ -87,12 +128,15 @@ class KernelBench:
             return torch.nn.functional.normalize(x, dim=1).to(self.device, dtype)
 
         index = torch.arange(self.rows, device=self.device)
+        tags = Tags(labels=index % _LABELS) if plan.tests("label") else NO_TAGS
         return Operands(
             draw(),
             None if plan.symmetric else draw(),
             torch.tensor(10.0, device=self.device),
-            target=index.roll(self.rows // 2) if plan.symmetric else None,
+            target=index.roll(self.rows // 2) if plan.tests("target") else None,
             norm_bound=1.0,
+            row_tags=tags,
+            column_tags=NO_TAGS if plan.symmetric else tags,
         )
 
     def _look_at_compiled(self, kernel) -> None:
@@ -108,7 +152,7 @@ def _settings(job: Job, config: tuning.Config | None) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if job.precision == "tf32" else "highest")
     try:
-        with tuning.override(config):
+        with tuning.override(registers=config) if job.base == "registers" else tuning.override(config):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -3,7 +3,7 @@
 May import :mod:`fastcl.terms`, :mod:`fastcl.engine` and :mod:`fastcl.pairwise`. A loss that is one number, a sum over
 rows whose weights are known before the sweep, needs no second operator call for its gradient; one that looks along rows
 only needs no second look at S either. The gradients are made with the value, where a gradient is recorded at all, and
-wait in the accumulation dtype for the factor that backward brings.
+wait for the factor that backward brings, in :func:`fastcl.terms.waiting_dtype`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,19 @@ from torch import Tensor
 
 from fastcl import engine
 from fastcl.pairwise import autocast, checked_tags, refuse_double_backward, scalar_tensor
-from fastcl.terms import NO_TAGS, Axis, CrossEntropy, Needs, Operands, Plan, Tags, Term, accumulation_dtype, split_tags
+from fastcl.terms import (
+    NO_TAGS,
+    Axis,
+    CrossEntropy,
+    Needs,
+    Operands,
+    Plan,
+    Tags,
+    Term,
+    accumulation_dtype,
+    split_tags,
+    waiting_dtype,
+)
 
 
 def cross_entropy(
@@ -64,7 +76,7 @@ def cross_entropy(
 
     Complexity: with P = N * M * D multiply-adds, value and gradients take 2 P with ``b=None``, 3 P for terms along rows
     only (2 P if only one of a and b requires grad), 4 P otherwise, and O(N + M) memory beyond a copy of a and b where
-    ``normalize`` and gradients in float32. Without gradients half a P or one.
+    ``normalize``, gradients that wait for backward, and float32 sums for them. Without gradients half a P or one.
 
     >>> import torch
     >>> from fastcl.terms import Mask, Reduce, Term
@@ -135,8 +147,10 @@ def _compute(
         options.needs,
         options.backend,
     )
-    gradients = (*found.gradients, found.positive)
-    return found.loss, *found.statistics, *(scale.new_empty(0) if g is None else g for g in gradients)
+    dtype = waiting_dtype(a.dtype, a.device)
+    matrices = (scale.new_empty(0, dtype=dtype) if g is None else g.to(dtype) for g in found.gradients[:2])
+    others = (scale.new_empty(0) if g is None else g for g in (found.gradients.scale, found.positive))
+    return found.loss, *found.statistics, *matrices, *others
 
 
 @torch.library.custom_op("fastcl::cross_entropy", mutates_args=())
@@ -157,15 +171,16 @@ def _operator(
 def _(a, b, scale, target, positive, weights, options, tags):
     call, dtype = Options.decode(options), accumulation_dtype(a.dtype)
     plan, n, m = call.plan, a.shape[0], (a if b is None else b).shape[0]
+    waiting = waiting_dtype(a.dtype, a.device)
 
-    def gradient_of(x: Tensor | None, needed: bool) -> Tensor:
+    def gradient_of(x: Tensor | None, needed: bool, dtype: torch.dtype) -> Tensor:
         return scale.new_empty(x.shape if needed else (0,), dtype=dtype)
 
     return (
         scale.new_empty((), dtype=dtype),
         scale.new_empty((len(plan.rows), n), dtype=dtype),
         scale.new_empty((len(plan.columns), m), dtype=dtype),
-        *(gradient_of(x, needed) for x, needed in zip((a, b, scale, positive), call.needs, strict=True)),
+        *map(gradient_of, (a, b, scale, positive), call.needs, (waiting, waiting, dtype, dtype)),
     )
 
 
@@ -194,8 +209,11 @@ class _ValueAndGradients(torch.autograd.Function):
                 if torch.is_grad_enabled():
                     results[at] = (FirstDerivative.apply(gradient, x) * grad_loss).to(x.dtype)
                 else:
-                    # no third copy, in the accumulation dtype
-                    results[at] = torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=x.dtype))
+                    # no third copy in a wider dtype
+                    factor = grad_loss
+                    if gradient.dtype is not factor.dtype:
+                        factor = factor.reshape((1,) * gradient.dim())  # one without dimensions would be rounded
+                    results[at] = torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=x.dtype))
         return tuple(results)
 
 

@@ -154,12 +154,7 @@ def products(
 def finish(plan: Plan, operands: Operands, products: Products, needs: Needs) -> Gradients:
     """The gradients that complete products stand for, in the dtypes of the operands; overwrites the products."""
     with plain_arithmetic(operands.a.device):
-        found = softmax.finish(plan, operands, products, needs)
-        return Gradients(
-            found.a.to(operands.a.dtype) if needs.a else None,
-            found.b.to(operands.keys.dtype) if needs.b else None,
-            found.scale,
-        )
+        return softmax.finish(plan, operands, products, needs, operands.a.dtype)
 
 
 def cross_entropy(

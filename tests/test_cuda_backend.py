@@ -217,11 +217,11 @@ def test_only_on_request() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_panels_cover_w_once(symmetric: bool) -> None:
-    for n, m, height, width in ((1, 1, 128, 128), (300, 300, 128, 256), (513, 513, 256, 128), (700, 700, 256, 1024)):
+    for n, m, elements in ((1, 1, 128 * 64), (300, 300, 256 * 256), (513, 513, 256 * 300), (700, 700, 2**20)):
         covered = torch.zeros(n, m, dtype=torch.int64)
-        for panel in panels._panels(n, m, height, width, symmetric):
-            assert panel.shape[0] <= height
-            assert panel.mirror or panel.shape[1] <= width
+        for panel in panels.cut(n, m, (128, 64), elements, symmetric):
+            assert panel.row_begin % 128 == 0
+            assert panel.mirror or panel.shape[0] * panel.shape[1] <= elements
             covered[panel.rows, panel.columns] += 1
             if symmetric and not panel.mirror:
                 covered[panel.columns, panel.rows] += 1

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import predictions, roofline, targets
 from benchmarks.around import around_kernels, dense
@@ -16,7 +15,6 @@ from benchmarks.cases import TARGET_CASES, Case, suite
 from benchmarks.devices import DEVICES, Device
 from benchmarks.report import COLUMNS
 from benchmarks.roofline import PASSES, TERMS, predict, predicted_seconds
-from fastcl import tuning
 from tests.losses import LOSSES
 
 H200 = DEVICES["h200"]
@@ -174,19 +172,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "half 500" in text
     assert "Not run on a GPU yet" in text
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("shape", [(5000, 5000), (32768, 32768), (300, 300)])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_panels_are_the_backends(shape: tuple[int, int], symmetric: bool) -> None:
-    backward = pytest.importorskip("fastcl.backends.triton.backward", reason="triton is not installed")
-    config = tuning.Config(64, 64, 64, 4, 3)
-    like = torch.empty(0, dtype=torch.bfloat16)
-    with tuning.override(config, workspace_bytes=WORKSPACE // 16):
-        height, width = backward._panel_shape(*shape, like, config)
-        panels = list(backward._panels(*shape, height, width, symmetric))
-        found = roofline.panel_sizes(shape[0], config, symmetric, tuning.workspace_bytes() // 2)
-    assert found == [(*panel.shape, panel.mirror) for panel in panels]
 
 
 def test_super_tiles_are_the_forwards() -> None:

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from fastcl.backends.triton.kernels.combine import combine_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.exponentials import exponentials_kernel, repair_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.head import head_kernel, loss_kernel  # noqa: E402
+from fastcl.backends.triton.kernels.registers import registers_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.sigmoid import sigmoid_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.sweep import sweep_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.unit import through_unit_kernel, unit_kernel  # noqa: E402
@@ -85,9 +86,11 @@ PANEL = {"TERMS": constants(INFO_NCE).row_terms, "USES_SELF": True, "USES_TARGET
 SIGLIP = {"GROUP_M": 8} | {f"{name}_ptr": None for name in ("multiplier", "offsets", "factors", "row0", "column_sums")}
 BINARY_NCE = {"GROUP_M": 8, "multiplier_ptr": None, "row_sums_ptr": None}
 LABELS_AND_IDS = {"row_tags": (True, True, False), "column_tags": (True, True, False)}
+OWNED = {"TERMS": constants(NT_XENT).row_terms, "USES_SELF": True, "USES_TARGET": True}
 ONE_TERM = {"TERMS": constants(INFO_NCE).row_terms[:1], "LABEL_WIDTH": 0}
 CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
-    ("sweep_symmetric", sweep_kernel, constants(NT_XENT).as_arguments()),
+    ("sweep_symmetric", sweep_kernel, constants(Plan(NT_XENT.terms[:2], symmetric=True)).as_arguments()),
+    ("sweep_symmetric_several", sweep_kernel, constants(NT_XENT).as_arguments()),
     ("sweep", sweep_kernel, constants(CLIP).as_arguments()),
     ("redo", combine_kernel, COMBINE | {"TERMS": constants(NT_XENT).row_terms}),
     ("weights_symmetric", weights_kernel, constants(NT_XENT).as_arguments() | MIRRORED),
@@ -96,6 +99,7 @@ CASES: tuple[tuple[str, Any, dict[str, Any]], ...] = (
     ("redo", repair_kernel, ONE_TERM),
     ("sigmoid", sigmoid_kernel, SIGLIP),
     ("sigmoid", sigmoid_kernel, BINARY_NCE),
+    ("registers_symmetric", registers_kernel, OWNED),
 )
 """(entry of the tuning table, kernel, constants): the most demanding plan for each kernel."""
 TAGGED: tuple[tuple[str, Any, dict[str, Any]], ...] = (
@@ -221,7 +225,7 @@ def test_default_configurations_fit(capability: int, tmp_path: Path, record_prop
     assert not too_much
 
 
-@pytest.mark.parametrize("case", [0, 1, 3, 4, 7], ids=lambda i: CASES[i][0])
+@pytest.mark.parametrize("case", [0, 1, 2, 4, 5, 8], ids=lambda i: CASES[i][0])
 def test_float16_on_hopper(case: int, tmp_path: Path) -> None:
     """As bfloat16 does; that the other architectures treat the two alike is taken for granted."""
     name, kernel, kernel_constants = CASES[case]
@@ -254,7 +258,7 @@ def test_unit_length_fits(kernel: Any, capability: int, tmp_path: Path) -> None:
     assert set(re.findall(r"arith\.muli .* : tensor<8x1x(i\d+)>", compiled.asm["ttir"])) == {"i64"}
 
 
-@pytest.mark.parametrize("case", [1, 2, 4, 5, 6, 7], ids=lambda i: CASES[i][1].__name__)
+@pytest.mark.parametrize("case", [2, 3, 5, 6, 7, 8], ids=lambda i: CASES[i][1].__name__)
 def test_row_offsets_are_64_bit(case: int) -> None:
     """N * D may exceed 2**31: both operands' indices are widened before they are multiplied by a stride.
 
@@ -271,6 +275,12 @@ def test_row_offsets_are_64_bit(case: int) -> None:
     assert narrow == of_panels.get(kernel, set())
 
 
+def test_row_offsets_of_sums_in_registers_are_64_bit() -> None:
+    config = tuning.registers("half", (9, 0), 128)
+    ir = compile_at(registers_kernel, "bf16", "ieee", OWNED, 90, config).asm["ttir"]
+    assert set(re.findall(r"arith\.muli .* : tensor<\d+x1x(i\d+)>", ir)) == {"i64"}
+
+
 def test_tables_are_complete() -> None:
     """Every capability finds exactly one table; a triangle of tiles is made of squares."""
     tables = tuning.tables()
@@ -278,10 +288,13 @@ def test_tables_are_complete() -> None:
     assert len(claimed) == len(set(claimed))
     assert sum(not t.capabilities for t in tables) == 1
     for t in tables:
-        assert all(t.entries.values())
+        assert all(entries for (kernel, _), entries in t.entries.items() if kernel != "registers_symmetric")
         for (kernel, _), entries in t.entries.items():
-            for _, config in entries:
-                assert config.block_m == config.block_n or "symmetric" not in kernel
+            for shape, config in entries:
+                if kernel == "registers_symmetric":
+                    assert config.block_d == shape["d"]
+                else:
+                    assert config.block_m == config.block_n or "symmetric" not in kernel
 
 
 def test_nearest_shape() -> None:

@@ -167,6 +167,47 @@ def test_plans(name: str) -> None:
     check(plan, make_operands(plan, m=45 if plan.symmetric else 37))
 
 
+SYMMETRIC_PLANS = [name for name, plan in PLANS.items() if plan.symmetric]
+IN_REGISTERS = tuning.Config(block_m=16, block_n=16, block_d=32, num_warps=4, num_stages=2)
+REGISTERS = [IN_REGISTERS, dataclasses.replace(IN_REGISTERS, block_n=32), dataclasses.replace(IN_REGISTERS, block_m=32)]
+
+
+@interpreted
+@pytest.mark.parametrize("config", REGISTERS, ids=["square", "wide", "tall"])
+@pytest.mark.parametrize("name", SYMMETRIC_PLANS)
+def test_sums_in_registers(name: str, config: tuning.Config) -> None:
+    """Targets that are no involution, so that most tiles hold one; the last tiles hang over both edges."""
+    with tuning.override(SMALL_TILES, registers=config):
+        check(PLANS[name], make_operands(PLANS[name], 45))
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [10.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_plain_tiles_in_registers(scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SimCLR's positives leave most tiles plain; at scale 100 a row is opposed to all others and flagged.
+
+    Several tiles are remembered together, and not all of them are rare.
+    """
+    monkeypatch.setattr("fastcl.backends.triton.kernels.registers._GROUPS", 2)
+    plan = PLANS["nt_xent"]
+    operands = make_operands(plan, 96, 96, 32, scale=scale)
+    operands = dataclasses.replace(operands, target=(torch.arange(96) + 48) % 96)
+    if scale > 10.0:
+        operands.a[:] = torch.nn.functional.normalize(operands.a[:1] + 0.1 * operands.a, dim=1)
+        operands.a[70] = -operands.a[3]
+    operands = dataclasses.replace(operands, a=operands.a.to(dtype))
+    statistics = triton.statistics(plan, operands)
+    incoming = Statistics(*(torch.full_like(x, 1 / 96) for x in statistics))
+    judge = exact(operands)
+    want = dense.gradient(
+        plan, judge, dense.statistics(plan, judge), Statistics(*(x.double() for x in incoming)), True, False
+    )
+    with tuning.override(SMALL_TILES, registers=IN_REGISTERS):
+        got = triton.gradient(plan, operands, statistics, incoming, True, False)
+    assert relative_error(got.a, want.a) < (5e-5 if dtype is torch.float32 else 5e-4)
+
+
 @interpreted
 @pytest.mark.parametrize("name", ["nt_xent", "clip", "info_nce"])
 @pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (2, 3, 5), (16, 48, 16), (33, 17, 47), (17, 70, 8)])

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -236,6 +237,57 @@ def test_falls_back_where_panels_do_not_serve(heights: list[int]) -> None:
             assert triton.cross_entropy(plan, x, h, only_a).gradients.a.isfinite().all()
         triton.cross_entropy(NOT_TARGET, operands, head, Needs(False, False, False))
     assert heights == [32]
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that operators allocated and that are still there, at their most.
+
+    Without the copies that the interpreter makes for a kernel.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.sizes: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+        self.in_kernel = False
+        launch = interpreter.GridExecutor.__call__
+
+        def run(executor, *args, **kwargs):
+            self.in_kernel = True
+            launch(executor, *args, **kwargs)
+            self.in_kernel = False
+
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", run)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not function.is_view and not self.in_kernel:
+            storage = result.untyped_storage()
+            self.sizes = {ref: size for ref, size in self.sizes.items() if not ref.expired()}
+            self.sizes[StorageWeakRef(storage)] = storage.nbytes()
+            self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+@interpreted
+@pytest.mark.parametrize("plan", [BOTH_WAYS, ALONG_ROWS], ids=["both-ways", "along-rows"])
+def test_memory(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the gradients: copies of unit length, one gradient's sums, and of the other's those of a panel's rows."""
+    monkeypatch.setattr("fastcl.backends.triton.waiting_dtype", lambda dtype, device: torch.bfloat16)
+    monkeypatch.setattr("fastcl.backends.softmax._CHUNK", 1 << 12)
+    n, depth = 64, 512
+    operands, head = make(plan, n, n, depth)
+    operands.a.div_(20), operands.b.div_(20)
+    with tuning.override(SMALL_TILES, workspace_bytes=4 * 32 * n), Live(monkeypatch) as live:
+        found = triton.cross_entropy(plan, operands, head, EVERYTHING)
+    want = exact(operands, head, EVERYTHING, plan)
+    for x, y in zip(found.gradients[:2], want.gradients[:2], strict=True):
+        assert x.dtype is torch.bfloat16
+        assert relative_error(x, y) < 6e-3
+    matrix = n * depth
+    unit_copies = 2 * 4 * matrix
+    scaled_rows = 2 * 32 * depth * 4 if plan is ALONG_ROWS else 0
+    assert live.peak < unit_copies + 2 * matrix + 4 * matrix + 4 * 32 * depth + scaled_rows + matrix
 
 
 class Products:

@@ -95,21 +95,17 @@ def gradient(
     multiplier = panels.multiplier(plan, incoming, x.a.dtype)
     arguments = (*x.arguments(plan), *vectors, multiplier)
     capability = torch.cuda.get_device_capability(x.a.device) if x.a.is_cuda else None
-    products = panels.products(
+    return panels.products(
         plan,
         x.a,
         x.b,
         needs_a,
         needs_b,
-        _extension().TILE,
+        (_extension().TILE, _extension().TILE),
         tuning.workspace_bytes(capability),
         lambda panel, out: _run("weights", x.a.device, *arguments, *panel, out),
+        multiplier,
     )
-    if multiplier is not None:
-        for product in products:
-            if product is not None:
-                product.div_(multiplier)
-    return products
 
 
 def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:

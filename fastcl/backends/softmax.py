@@ -79,24 +79,32 @@ def two_sweeps(
     products = Products(None, None)
     if needs.a or needs.b or needs.scale:
         products = gradient(plan, unit, values, found.incoming, needs.product_a, needs.b)
-    gradients = finish(plan, unit, products, needs)
+    gradients = finish(plan, unit, products, needs, operands.accumulation_dtype)
     if head.normalize:
         gradients = through_unit_length(operands, gradients)
     return LossAndGradients(found.loss, values, gradients, found.positive if needs.positive else None)
 
 
-def finish(plan: Plan, operands: Operands, products: Products, needs: Needs) -> Gradients:
-    """Gradients of the operands and the scale from the products, which are used up, in the accumulation dtype."""
-    scale = None
-    if needs.scale:
-        # S = scale * A @ B.T, so d/dscale is the sum of W * (A @ B.T); a symmetric product counts it twice.
-        x, product = (operands.a, products.a) if needs.product_a else (operands.keys, products.b)
-        scale = _inner_product(x, product) * (0.5 if plan.symmetric else 1.0)
-    return Gradients(
-        products.a.mul_(operands.scale) if needs.a else None,
-        products.b.mul_(operands.scale) if needs.b else None,
-        scale,
-    )
+def finish(plan: Plan, operands: Operands, products: Products, needs: Needs, dtype: torch.dtype) -> Gradients:
+    """Gradients of the operands, in ``dtype``, and of the scale from the products, which are used up."""
+    scale = scale_gradient(plan, operands, products) if needs.scale else None
+
+    def gradient_of(product: Tensor) -> Tensor:
+        return torch.mul(product, operands.scale, out=narrowed(product, dtype))
+
+    return Gradients(gradient_of(products.a) if needs.a else None, gradient_of(products.b) if needs.b else None, scale)
+
+
+def scale_gradient(plan: Plan, operands: Operands, products: Products) -> Tensor:
+    """The scale's gradient from either product: S = scale * A @ B.T, so it is the sum of W * (A @ B.T)."""
+    x, product = (operands.a, products.a) if products.b is None else (operands.keys, products.b)
+    # a symmetric product counts each pair twice
+    return _inner_product(x, product) * (0.5 if plan.symmetric else 1.0)
+
+
+def narrowed(product: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where the gradient that is made of a product goes: the product itself where it has the gradient's dtype."""
+    return product if product.dtype is dtype else torch.empty_like(product, dtype=dtype)
 
 
 def unit_operands(operands: Operands) -> Operands:

@@ -125,7 +125,7 @@ def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Nee
             _add_product(products.b, w.mT, unit.a[panel])
         loss += found.loss
         positive.append(found.positive)
-    gradients = finish(plan, unit, products, needs)
+    gradients = finish(plan, unit, products, needs, dtype)
     if head.normalize:
         gradients = through_unit_length(operands, gradients)
     all_values = Statistics(values, values.new_empty((0, m)))

@@ -14,15 +14,18 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 KERNELS = (
-    *("sweep", "sweep_symmetric", "redo", "weights", "weights_symmetric"),
+    *("sweep", "sweep_symmetric", "sweep_symmetric_several", "redo", "weights", "weights_symmetric"),
+    "registers_symmetric",
     *("sweep_tags", "sweep_symmetric_tags", "weights_tags", "weights_symmetric_tags", "sigmoid"),
 )
-"""A symmetric plan walks a triangle of tiles, which must be square. Masks that test tags take registers."""
+"""A symmetric plan walks a triangle of tiles, which must be square; several terms to each tile take registers there.
+Masks that test tags take registers everywhere. ``registers_symmetric`` has entries only for the D at which that kernel
+is to be taken."""
 PRECISIONS = ("half", "tf32", "float32")
 
 
@@ -52,7 +55,13 @@ class Table:
     """(kernel, precision class) to (shape, configuration) pairs"""
 
 
-_override: ContextVar[tuple[Config | None, int | None]] = ContextVar("_override", default=(None, None))
+class _Override(NamedTuple):
+    config: Config | None
+    workspace_bytes: int | None
+    registers: Config | None
+
+
+_override: ContextVar[_Override | None] = ContextVar("_override", default=None)
 
 
 def precision_class(dtype: torch.dtype, matmul_precision: str) -> str:
@@ -64,23 +73,42 @@ def precision_class(dtype: torch.dtype, matmul_precision: str) -> str:
 
 def lookup(kernel: str, precision: str, capability: tuple[int, int] | None, **shape: int) -> Config:
     """The configuration of the nearest shape (n, m, d) in the table of this compute capability."""
-    config, _ = _override.get()
-    if config is not None:
-        return config
+    override = _override.get()
+    if override is not None and override.config is not None:
+        return override.config
     entries = table(capability).entries[kernel, precision]
     return min(entries, key=lambda entry: _distance(entry[0], shape))[1]
 
 
 def workspace_bytes(capability: tuple[int, int] | None = None) -> int:
     """How much memory a panel of the gradient matrix, or of what it is made from, may take, whatever the shape."""
-    _, size = _override.get()
-    return table(capability).workspace_bytes if size is None else size
+    override = _override.get()
+    if override is not None and override.workspace_bytes is not None:
+        return override.workspace_bytes
+    return table(capability).workspace_bytes
+
+
+def registers(precision: str, capability: tuple[int, int] | None, d: int) -> Config | None:
+    """How a symmetric plan's backward keeps its sums in registers at this D, or None where panels of W are faster.
+
+    An entry is for all D whose next power of two is its ``block_d``: sums are that wide.
+    """
+    override = _override.get()
+    if override is not None:
+        return override.registers
+    entries = table(capability).entries["registers_symmetric", precision]
+    return next((config for _, config in entries if config.block_d // 2 < d <= config.block_d), None)
 
 
 @contextlib.contextmanager
-def override(config: Config | None = None, workspace_bytes: int | None = None) -> Iterator[None]:
-    """Within the context every kernel takes this configuration, and the backward this much workspace."""
-    token = _override.set((config, workspace_bytes))
+def override(
+    config: Config | None = None, workspace_bytes: int | None = None, registers: Config | None = None
+) -> Iterator[None]:
+    """Within the context every kernel takes this configuration, and the backward this much workspace.
+
+    A symmetric plan's backward keeps its sums in registers with ``registers``, and writes panels of W without.
+    """
+    token = _override.set(_Override(config, workspace_bytes, registers))
     try:
         yield
     finally:

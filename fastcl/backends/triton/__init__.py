@@ -1,10 +1,11 @@
 """Fused Triton kernels for CUDA devices: a forward that sweeps S once, a backward over bounded panels of W.
 
-A softmax loss along rows takes one sweep for both, over panels of whole rows.
+A softmax loss along rows takes one sweep for both, over panels of whole rows. A symmetric plan's backward over short
+rows may keep its sums in registers.
 
-May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share, ``softmax`` and ``shift``. Importing this
-package does not import Triton; only a call does. Under ``TRITON_INTERPRET=1`` it also takes CPU tensors, to be tested
-without a device.
+May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share, ``panels``, ``shift`` and ``softmax``.
+Importing this package does not import Triton; only a call does. Under ``TRITON_INTERPRET=1`` it also takes CPU tensors,
+to be tested without a device.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastcl.backends.softmax import narrowed, scale_gradient
 from fastcl.terms import (
     CrossEntropy,
+    Gradients,
     LossAndGradients,
     Needs,
     Operands,
@@ -29,10 +30,8 @@ from fastcl.terms import (
     Plan,
     Products,
     Statistics,
+    waiting_dtype,
 )
-
-if TYPE_CHECKING:
-    from fastcl.backends.triton import launch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -91,14 +90,43 @@ def gradient(
 
 
 def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Needs) -> LossAndGradients:
-    from fastcl.backends.triton import launch, unit
+    from fastcl.backends.triton import launch, loss, panels, unit
 
-    if not head.normalize:
-        return _cross_entropy(plan, operands, launch.inputs(operands), head, needs)
-    unit_length, shift = unit.unit_operands(operands)
-    x = launch.inputs(unit_length, shift)
-    found = _cross_entropy(plan, unit_length, x, replace(head, normalize=False), needs)
-    return found._replace(gradients=unit.through_unit_length(operands, found.gradients))
+    given, shift, scale = operands, None, operands.scale
+    if head.normalize:
+        operands, shift = unit.unit_operands(given)
+    x = launch.inputs(operands, shift)
+
+    def finish(features: Tensor, product: Tensor, gradient: Tensor) -> None:
+        if head.normalize:
+            unit.through_unit_length(features, product, scale, gradient)
+        else:
+            torch.mul(product, scale, out=gradient)
+
+    dtype = waiting_dtype(given.a.dtype, given.a.device)
+    a = b = slope = keep_rows = None
+    if needs.a and needs.b:
+        a = torch.empty(given.a.shape, dtype=dtype, device=given.a.device)
+
+        def keep_rows(rows: slice, product: Tensor) -> None:
+            finish(given.a[rows], product, a[rows])
+
+    height = panels.panel_rows(plan, x, head) if needs.product_a or needs.b else 0
+    if height > 0:
+        found = panels.cross_entropy(plan, x, head, needs, keep_rows, height)
+    else:
+        found = loss.two_sweeps(plan, x, head, needs, keep_rows)
+    if needs.scale:
+        slope = scale_gradient(plan, operands, found.products)
+    # copies of unit length are as large as gradients
+    del operands, x
+    if needs.a and a is None:
+        a = narrowed(found.products.a, dtype)
+        finish(given.a, found.products.a, a)
+    if needs.b:
+        b = narrowed(found.products.b, dtype)
+        finish(given.keys, found.products.b, b)
+    return LossAndGradients(found.losses.sum(), found.statistics, Gradients(a, b, slope), found.positive)
 
 
 def _sigmoid(x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> PanelGradients:
@@ -108,17 +136,6 @@ def _sigmoid(x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> Pa
 
 
 PANEL_KERNELS = {"sigmoid": _sigmoid}
-
-
-def _cross_entropy(
-    plan: Plan, operands: Operands, x: launch.Inputs, head: CrossEntropy, needs: Needs
-) -> LossAndGradients:
-    from fastcl.backends.triton import loss, panels
-
-    height = panels.panel_rows(plan, x, head) if needs.product_a or needs.b else 0
-    if height > 0:
-        return panels.cross_entropy(plan, operands, x, head, needs, height)
-    return loss.two_sweeps(plan, operands, x, head, needs)
 
 
 @functools.cache

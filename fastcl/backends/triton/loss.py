@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
 
-from fastcl.backends.softmax import finish
+from fastcl.backends.panels import KeepRows
 from fastcl.backends.triton import backward, forward, launch
 from fastcl.backends.triton.kernels.head import loss_kernel
 from fastcl.backends.triton.plan import SUM_CODE, constants
-from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Statistics
+from fastcl.terms import CrossEntropy, Needs, Plan, Products, Statistics
 
 _BLOCK = 128
 
 
-def two_sweeps(plan: Plan, operands: Operands, x: launch.Inputs, head: CrossEntropy, needs: Needs) -> LossAndGradients:
+class LossAndProducts(NamedTuple):
+    """What comes before the gradients: the rows' losses, their statistics, and the products with W.
+
+    ``positive`` is the gradient of the positives where they are not among the statistics.
+    """
+
+    losses: Tensor
+    statistics: Statistics
+    products: Products
+    positive: Tensor | None
+
+
+def two_sweeps(
+    plan: Plan, x: launch.Inputs, head: CrossEntropy, needs: Needs, keep_rows: KeepRows | None
+) -> LossAndProducts:
     statistics = forward.statistics(plan, x)
     losses, incoming, positive = _evaluated(plan, x, head, statistics, needs.positive)
-    products = Products(None, None)
-    if needs.product_a or needs.b:
-        products = backward.gradient(plan, x, statistics, incoming, needs.product_a, needs.b)
-    return LossAndGradients(losses.sum(), statistics, finish(plan, operands, products, needs), positive)
+    products = backward.gradient(plan, x, statistics, incoming, needs.product_a, needs.b, keep_rows)
+    return LossAndProducts(losses, statistics, products, positive)
 
 
 def _evaluated(

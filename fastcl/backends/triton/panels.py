@@ -15,14 +15,15 @@ import triton
 from torch import Tensor
 
 from fastcl import tuning
-from fastcl.backends.softmax import finish
+from fastcl.backends.panels import MOST_ELEMENTS, KeepRows, add_product, round_up
 from fastcl.backends.triton import launch
-from fastcl.backends.triton.backward import GROUP_M, MOST_ELEMENTS, add_product, round_up
+from fastcl.backends.triton.backward import GROUP_M
 from fastcl.backends.triton.forward import finished
 from fastcl.backends.triton.kernels.exponentials import exponentials_kernel, repair_kernel
 from fastcl.backends.triton.kernels.head import head_kernel
+from fastcl.backends.triton.loss import LossAndProducts
 from fastcl.backends.triton.plan import LSE_CODE, SUM_CODE, Constants, TermCode, constants, table_entry
-from fastcl.terms import CrossEntropy, LossAndGradients, Needs, Operands, Plan, Products, Reduce, Statistics
+from fastcl.terms import CrossEntropy, Needs, Plan, Products, Reduce, Statistics
 
 _LOWEST_PANEL = 1024
 """rows of a panel that still keep a GPU's matrix product busy"""
@@ -64,9 +65,9 @@ class _Rows(NamedTuple):
 
 
 def cross_entropy(
-    plan: Plan, operands: Operands, x: launch.Inputs, head: CrossEntropy, needs: Needs, height: int
-) -> LossAndGradients:
-    """Loss and gradients from panels of ``height`` rows, as :func:`panel_rows` has it, where a product is needed."""
+    plan: Plan, x: launch.Inputs, head: CrossEntropy, needs: Needs, keep_rows: KeepRows | None, height: int
+) -> LossAndProducts:
+    """Loss and products from panels of ``height`` rows, as :func:`panel_rows` has it, where a product is needed."""
     x = x._replace(shift=x.shift + _RAISED_BY)
     n, m, d = x.shape
     codes = constants(plan)
@@ -77,7 +78,8 @@ def cross_entropy(
         return torch.empty(shape, dtype=torch.float32, device=x.a.device)
 
     found = _Rows(empty(n), empty(n), empty(n) if needs.positive else None)
-    products = Products(empty(n, d) if needs.product_a else None, empty(m, d) if needs.b else None)
+    sum_a = empty(n if keep_rows is None else min(height, n), d) if needs.product_a else None
+    sum_b = empty(m, d) if needs.b else None
     values = []
     with launch.on_device(x.a):
         for start in range(0, n, height):
@@ -87,15 +89,18 @@ def cross_entropy(
             values.append(_exponentials(codes, own, panel, config))
             _apply(_rows_of_head(head, rows), head.factor(plan, n), codes, own, values[-1], panel, found.of(rows))
             factors = found.factors[rows, None]
-            if products.a is not None:
-                add_product(products.a[rows], panel, x.b, beta=0)
-                products.a[rows].mul_(factors)
-            if products.b is not None:
+            if sum_a is not None:
+                rows_of_a = sum_a[rows] if keep_rows is None else sum_a[: len(factors)]
+                add_product(rows_of_a, panel, x.b, beta=0)
+                rows_of_a.mul_(factors)
+                if keep_rows is not None:
+                    keep_rows(rows, rows_of_a)
+            if sum_b is not None:
                 scaled = torch.mul(own.a, factors, out=torch.empty_like(own.a))
-                add_product(products.b, panel.t(), scaled, beta=int(start > 0))
-    gradients = finish(plan, operands, products, needs)
+                add_product(sum_b, panel.t(), scaled, beta=int(start > 0))
     statistics = Statistics(values[0] if len(values) == 1 else torch.cat(values, dim=1), empty(0, m))
-    return LossAndGradients(found.losses.sum(), statistics, gradients, found.positive)
+    products = Products(sum_a if keep_rows is None else None, sum_b)
+    return LossAndProducts(found.losses, statistics, products, found.positive)
 
 
 def _rows_of(x: launch.Inputs, rows: slice) -> launch.Inputs:

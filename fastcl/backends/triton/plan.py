@@ -47,7 +47,13 @@ def constants(plan: Plan) -> Constants:
 
 def table_entry(kernel: str, plan: Plan) -> str:
     """Which entry of a tuning table holds the tiles of a kernel for this plan."""
-    return kernel + ("_symmetric" if plan.symmetric else "") + ("" if plan.names_pairs else "_tags")
+    if not plan.names_pairs:
+        tiles = "_tags"
+    elif kernel == "sweep" and plan.symmetric and sum(not term.mask.is_sparse for term in plan.rows) > 1:
+        tiles = "_several"
+    else:
+        tiles = ""
+    return kernel + ("_symmetric" if plan.symmetric else "") + tiles
 
 
 def _code(term: Term) -> TermCode:

@@ -25,15 +25,21 @@ def value_and_gradients(x: PanelOperands, incoming: Tensor | None, needs: PanelN
     with launch.on_device(x.a):
         if needs.product_a or needs.b:
             products = panels.products(
-                Plan(()), sweep.a, sweep.b, needs.product_a, needs.b, sweep.tile, sweep.workspace_bytes, sweep.run
+                Plan(()),
+                sweep.a,
+                sweep.b,
+                needs.product_a,
+                needs.b,
+                (sweep.config.block_m, sweep.config.block_n),
+                sweep.workspace_bytes,
+                sweep.run,
+                sweep.multiplier,
             )
         else:
             for panel in sweep.bare_panels():
                 sweep.run(panel, None)
-        if sweep.multiplier is not None:
-            products = Products(*(None if p is None else p.div_(sweep.multiplier) for p in products))
         operands = Operands(sweep.a, sweep.b, x.scale)
-        gradients = finish(Plan(()), operands, products, Needs(needs.a, needs.b, needs.scale))
+        gradients = finish(Plan(()), operands, products, Needs(needs.a, needs.b, needs.scale), x.scale.dtype)
     columns = None if sweep.columns is None else sweep.columns.neg_()
     return PanelGradients(*gradients, sweep.bias, columns, sweep.costs)
 
@@ -50,7 +56,6 @@ class _Sweep:
         self.tags, self.key_tags = (launch.contiguous(tags) for tags in (x.tags, x.key_tags))
         is_tagged = x.tags.labels is not None or x.tags.ids is not None
         self.config = launch.configuration("weights_tags" if is_tagged else "sigmoid", self.a, *x.shape)
-        self.tile = max(self.config.block_m, self.config.block_n)
         self.workspace_bytes = tuning.workspace_bytes(launch.capability(self.a))
         self.multiplier = None
         if incoming is not None and self.a.dtype is torch.float16:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastcl.backends.shift import ROUNDING, headroom
 from fastcl.backends.triton.kernels.unit import through_unit_kernel, unit_kernel
 from fastcl.backends.triton.launch import on_device
-from fastcl.terms import Gradients, Operands
+from fastcl.terms import Operands
 
 _BLOCKS = {"BLOCK_ROWS": 8, "BLOCK_D": 128}
 
@@ -24,13 +24,13 @@ def unit_operands(operands: Operands) -> tuple[Operands, Tensor]:
         return replace(operands, a=_unit(operands.a, operands, shift), b=b, norm_bound=1.0), shift
 
 
-def through_unit_length(operands: Operands, gradients: Gradients) -> Gradients:
-    """Gradients with respect to the unit rows turned into those with respect to ``operands``, in place."""
-    with on_device(operands.a):
-        for x, gradient in ((operands.a, gradients.a), (operands.keys, gradients.b)):
-            if gradient is not None:
-                through_unit_kernel[_grid(x)](x, gradient, *x.shape, *x.stride(), **_BLOCKS)
-    return gradients
+def through_unit_length(x: Tensor, product: Tensor, scale: Tensor, gradient: Tensor) -> None:
+    """The gradient with respect to ``x`` from ``scale * product``, which is that with respect to its unit rows.
+
+    ``gradient``, which is written, may be ``product``.
+    """
+    with on_device(x):
+        through_unit_kernel[_grid(x)](x, product, gradient, scale, *x.shape, *x.stride(), **_BLOCKS)
 
 
 def _unit(x: Tensor, operands: Operands, shift: Tensor | None) -> Tensor:

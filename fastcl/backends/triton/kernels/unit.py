@@ -1,7 +1,7 @@
 """Rows scaled to unit length, and a gradient with respect to those turned into one with respect to the rows as given.
 
-Each program owns a block of rows and looks at it twice: once for the norms, once to write. Reads x; unit_kernel alone
-writes ``unit``, through_unit_kernel alone rewrites ``gradient``.
+Each program owns a block of rows and looks at it twice: once for the norms, once to write. unit_kernel alone writes
+``unit``, through_unit_kernel alone ``gradient``.
 """
 
 import triton
@@ -52,9 +52,21 @@ def unit_kernel(
 
 @triton.jit
 def through_unit_kernel(
-    x_ptr, gradient_ptr, n, d, stride_x, stride_x_d, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Grid: (blocks of rows,). ``gradient`` is contiguous; its part along x is taken out, but for the shortest rows."""
+    x_ptr,
+    product_ptr,
+    gradient_ptr,
+    scale_ptr,
+    n,
+    d,
+    stride_x,
+    stride_x_d,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (blocks of rows,). ``product`` and ``gradient`` are contiguous, and may be one.
+
+    The product's part along x is taken out, but for the shortest rows.
+    """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row = rows.to(tl.int64)[:, None]
     squares = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
@@ -63,14 +75,16 @@ def through_unit_kernel(
         k = start + tl.arange(0, BLOCK_D)
         x = _load(x_ptr + row * stride_x + k[None, :] * stride_x_d, rows, n, k, d)
         squares += x * x
-        along += x * _load(gradient_ptr + row * d + k[None, :], rows, n, k, d)
+        along += x * _load(product_ptr + row * d + k[None, :], rows, n, k, d)
     norm = tl.sqrt(tl.sum(squares, axis=1))
     clamped = tl.maximum(norm, _SMALLEST_NORM, propagate_nan=tl.PropagateNan.ALL)
     radial = tl.where(norm < _SMALLEST_NORM, 0.0, tl.sum(along, axis=1) / clamped)[:, None]
     clamped = clamped[:, None]
+    scale = tl.load(scale_ptr)
     for start in range(0, d, BLOCK_D):
         k = start + tl.arange(0, BLOCK_D)
         x = _load(x_ptr + row * stride_x + k[None, :] * stride_x_d, rows, n, k, d)
-        gradient = _load(gradient_ptr + row * d + k[None, :], rows, n, k, d)
+        product = _load(product_ptr + row * d + k[None, :], rows, n, k, d)
+        gradient = scale * (product - radial * (x / clamped)) / clamped
         there = (rows < n)[:, None] & (k < d)[None, :]
-        tl.store(gradient_ptr + row * d + k[None, :], (gradient - radial * (x / clamped)) / clamped, mask=there)
+        tl.store(gradient_ptr + row * d + k[None, :], gradient.to(gradient_ptr.dtype.element_ty), mask=there)

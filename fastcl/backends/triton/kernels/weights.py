@@ -35,15 +35,20 @@ _LARGEST_EXCESS = tl.constexpr(80.0)
 
 
 @triton.jit
-def _any_flagged(statistics_ptr, index, count, shift, threshold, TERMS: tl.constexpr):
-    """Whether the fixed shift does not do for one of these rows or columns; L = -inf means W = 0 under any shift."""
-    flagged = tl.zeros(index.shape, tl.int32)
+def flagged(statistics_ptr, index, count, shift, threshold, TERMS: tl.constexpr):
+    """For which of these rows or columns the fixed shift does not do; L = -inf means W = 0 under any shift."""
+    found = index < 0
     for t in tl.static_range(len(TERMS)):
         if TERMS[t][0] == LSE:
             lse = tl.load(statistics_ptr + t * count + index, mask=index < count, other=float("-inf"))
             excess = lse - shift
-            flagged |= ((excess < threshold) & (lse > float("-inf")) | (excess > _LARGEST_EXCESS)).to(tl.int32)
-    return tl.max(flagged, axis=0) > 0
+            found = found | ((excess < threshold) & (lse > float("-inf"))) | (excess > _LARGEST_EXCESS)
+    return found
+
+
+@triton.jit
+def _any_flagged(statistics_ptr, index, count, shift, threshold, TERMS: tl.constexpr):
+    return tl.max(flagged(statistics_ptr, index, count, shift, threshold, TERMS).to(tl.int32), axis=0) > 0
 
 
 @triton.jit
@@ -62,7 +67,7 @@ def _at_most_one(slopes, TERMS: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _add_masked(
+def add_masked(
     weights,
     logits_log2,
     statistics_ptr,
@@ -85,7 +90,7 @@ def _add_masked(
 
 
 @triton.jit
-def _add_plain(
+def add_plain(
     weights,
     exponentials,
     shift_log2,
@@ -155,14 +160,14 @@ def _masked_weights(
     of_pairs = pair_tests(rows, columns, self_offset, row_targets, ALONG_ROWS)
     logits_log2 = products * scale_log2
     weights = tl.zeros((PIECE, PIECE), tl.float32)
-    weights = _add_masked(
+    weights = add_masked(
         weights, logits_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
         of_pairs + of_tags + above_test(products, scale, row_tags, ALONG_ROWS), ROW_TERMS, ALONG_ROWS,
     )  # fmt: skip
     if SYMMETRIC:
         column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
         of_pairs = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
-    weights = _add_masked(
+    weights = add_masked(
         weights, logits_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
         of_pairs + of_tags + above_test(products, scale, column_tags, ALONG_COLUMNS), COLUMN_TERMS, ALONG_COLUMNS,
     )  # fmt: skip
@@ -285,11 +290,11 @@ def weights_kernel(
         of_columns = load_tags(column_tags, columns, m)
         of_tags = tag_tests(of_rows, of_columns, LABEL_WIDTH)
         weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        weights = _add_plain(
+        weights = add_plain(
             weights, exponentials, shift_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
             of_tags + above_test(products, scale, of_rows, ALONG_ROWS), ROW_TERMS, ALONG_ROWS,
         )  # fmt: skip
-        weights = _add_plain(
+        weights = add_plain(
             weights, exponentials, shift_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
             of_tags + above_test(products, scale, of_columns, ALONG_COLUMNS), COLUMN_TERMS, ALONG_COLUMNS,
         )  # fmt: skip
