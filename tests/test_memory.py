@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.measure import gradient_step, peak_memory
+from fastcl import panels
 from fastcl.backends import tiled
 from tests.cases import each_loss_and_backend, make_features
 from tests.losses import LOSSES, Loss
@@ -22,9 +23,10 @@ M_MMAP_THRESHOLD = -3
 def _freed_memory_is_returned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Larger blocks go back to the system when they are freed, so that none stays resident in a fragmented heap.
 
-    Tiles are as small in proportion as those of a batch that somebody needs fastcl for.
+    Tiles and panels are as small in proportion as those of a batch that somebody needs fastcl for.
     """
     monkeypatch.setattr(tiled, "_TILE_ON_CPU", 512)
+    monkeypatch.setattr(panels, "_PANEL_ON_CPU", 1 << 17)
     with contextlib.suppress(AttributeError):  # glibc has mallopt
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
     yield
