@@ -66,10 +66,13 @@ class Sweep {
     const bool mirrored = x_.plan.symmetric && i0 < j0;
     const bool along_columns = mirrored || (!x_.plan.symmetric && x_.plan.columns.count > 0);
     const bool masked = find_exceptions(i0, j0, mirrored);
-    if (masked) {
-      reduce_terms<true>(i0, j0, along_columns, values);
+    // Two copies of the code, each for a constant `masked`; with tags there are registers for one alone.
+    if constexpr (kTagged) {
+      reduce_terms(masked, i0, j0, along_columns, values);
+    } else if (masked) {
+      reduce_terms(true, i0, j0, along_columns, values);
     } else {
-      reduce_terms<false>(i0, j0, along_columns, values);
+      reduce_terms(false, i0, j0, along_columns, values);
     }
     if (along_columns || tile.ends_row()) Team::sync();
     if (along_columns) flush_columns(at, i0, j0, masked);
@@ -107,8 +110,7 @@ class Sweep {
   }
 
   // Sums and maxima of S first; then the exponentials take its place.
-  template <bool kMasked>
-  FASTCL_DEVICE void reduce_terms(int i0, int j0, bool along_columns, Accumulators& values) {
+  FASTCL_DEVICE void reduce_terms(bool masked, int i0, int j0, bool along_columns, Accumulators& values) {
     const TilePairs pairs{x_.s.shape, i0, j0, memory_.row_targets, memory_.column_targets};
     // Read here and not once: registers are dearer.
     const float scale = *x_.s.scale;
@@ -120,40 +122,39 @@ class Sweep {
 #pragma unroll
       for (int v = 0; v < Team::kColumns; ++v) values.at(u, v) *= scale;
     }
-    reduce_axes<kMasked, Add>(Reduce::kSum, pairs, tags, along_columns, values);
-    reduce_axes<kMasked, Largest>(Reduce::kMax, pairs, tags, along_columns, values);
+    reduce_axes<Add>(masked, Reduce::kSum, pairs, tags, along_columns, values);
+    reduce_axes<Largest>(masked, Reduce::kMax, pairs, tags, along_columns, values);
 #pragma unroll
     for (int u = 0; u < Team::kRows; ++u) {
 #pragma unroll
       for (int v = 0; v < Team::kColumns; ++v) values.at(u, v) = exp2_fast(values.at(u, v) * kLog2E - shift);
     }
-    reduce_axes<kMasked, Add>(Reduce::kLogSumExp, pairs, tags, along_columns, values);
+    reduce_axes<Add>(masked, Reduce::kLogSumExp, pairs, tags, along_columns, values);
   }
 
   // All terms of one kind, whose values are there.
-  template <bool kMasked, class Merge>
-  FASTCL_DEVICE void reduce_axes(Reduce reduce, const TilePairs& pairs, const Sets& tags, bool along_columns,
-                                 const Accumulators& values) {
+  template <class Merge>
+  FASTCL_DEVICE void reduce_axes(bool masked, Reduce reduce, const TilePairs& pairs, const Sets& tags,
+                                 bool along_columns, const Accumulators& values) {
     for (int t = 0; t < x_.plan.rows.count; ++t) {
       const PairTerm term = x_.plan.rows.at[t];
-      if (term.reduce != reduce || !contributes(term, kMasked)) continue;
-      const TeamPairs<Team> counted = counted_by<kMasked>(term, pairs, tags, false);
+      if (term.reduce != reduce || !contributes(term, masked)) continue;
+      const TeamPairs<Team> counted = counted_by(masked, term, pairs, tags, false);
       reduce_along_rows<Team>(Merge(), values, counted, memory_.rows[t][Team::across(Team::thread())]);
     }
     for (int t = 0; along_columns && t < x_.plan.columns.count; ++t) {
       const PairTerm term = x_.plan.columns.at[t];
-      if (term.reduce != reduce || !contributes(term, kMasked)) continue;
-      const TeamPairs<Team> counted = counted_by<kMasked>(term, pairs, tags, true);
+      if (term.reduce != reduce || !contributes(term, masked)) continue;
+      const TeamPairs<Team> counted = counted_by(masked, term, pairs, tags, true);
       reduce_along_columns<Team>(Merge(), values, counted, memory_.columns[t][Team::down(Team::thread())]);
     }
   }
 
-  template <bool kMasked>
-  FASTCL_DEVICE TeamPairs<Team> counted_by(const PairTerm& term, const TilePairs& pairs, const Sets& tags,
+  FASTCL_DEVICE TeamPairs<Team> counted_by(bool masked, const PairTerm& term, const TilePairs& pairs, const Sets& tags,
                                            bool along_columns) const {
     constexpr int kRows = Team::kRows, kColumns = Team::kColumns;
     TeamPairs<Team> counted = all_pairs<kRows, kColumns>();
-    if (kMasked) {
+    if (masked) {
       const bool turned = along_columns && x_.plan.symmetric;
       counted = counted_pairs<Team, kRows, kColumns>(term, pairs, turned, Team::thread(), 0, 0);
     }

@@ -45,7 +45,7 @@ FASTCL_DEVICE void load_tags(const Similarity& s, int i0, int j0, TileTags<true>
 template <class Fragments, int kRows, int kColumns>
 FASTCL_HOST_DEVICE PairSet<kRows, kColumns> near_pairs(const uint64_t* rows, const uint64_t* columns, uint64_t width,
                                                        int thread, int u, int v) {
-  constexpr int kTogether = 4;
+  constexpr int kTogether = 8;
   static_assert(kColumns % kTogether == 0);
   PairSet<kRows, kColumns> set;
 #pragma unroll
