@@ -79,8 +79,23 @@ const float* numbers(const Tensor& tensor, int64_t size, const char* name) {
   return tensor.const_data_ptr<float>();
 }
 
+const uint64_t* integers(const std::optional<Tensor>& tensor, int64_t size, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Long && tensor->is_contiguous() && tensor->numel() == size, name,
+                  " must be contiguous int64 numbers, ", size, " of them");
+  return reinterpret_cast<const uint64_t*>(tensor->const_data_ptr<int64_t>());
+}
+
+// Labels, ids and thresholds of the rows of an operand.
+cuda::Tags tags(const std::optional<Tensor>& labels, const std::optional<Tensor>& ids,
+                const std::optional<Tensor>& threshold, int64_t size) {
+  return {integers(labels, size, "labels"), integers(ids, size, "ids"),
+          threshold.has_value() ? numbers(*threshold, size, "threshold") : nullptr};
+}
+
 cuda::Similarity similarity(const Tensor& a, const std::optional<Tensor>& b, const Tensor& scale, const Tensor& shift,
-                            const std::optional<Tensor>& target, int64_t self_offset) {
+                            const std::optional<Tensor>& target, const cuda::Tags& row_tags,
+                            const cuda::Tags& column_tags, int64_t label_width, int64_t self_offset) {
   const Tensor& keys = b.has_value() ? *b : a;
   STD_TORCH_CHECK(a.scalar_type() == keys.scalar_type(), "a and b must have one dtype");
   STD_TORCH_CHECK(a.size(1) == keys.size(1), "a and b must have rows of one length");
@@ -89,6 +104,9 @@ cuda::Similarity similarity(const Tensor& a, const std::optional<Tensor>& b, con
   s.shape = {s.operands.a.count, s.operands.b.count, static_cast<int>(self_offset)};
   s.scale = numbers(scale, 1, "scale");
   s.shift = numbers(shift, 1, "shift");
+  s.row_tags = row_tags;
+  s.column_tags = column_tags;
+  s.label_width = static_cast<uint64_t>(label_width);
   if (target.has_value()) {
     STD_TORCH_CHECK(
         target->scalar_type() == ScalarType::Int && target->is_contiguous() && target->numel() == s.shape.rows,
@@ -98,22 +116,30 @@ cuda::Similarity similarity(const Tensor& a, const std::optional<Tensor>& b, con
   return s;
 }
 
-// `terms` is int64 [T, 4]: reduce, axis (0 row, 1 column), self test, target test; see fastcl/backends/cuda.py.
-cuda::Plan make_plan(const Tensor& terms, bool symmetric, bool has_target) {
-  STD_TORCH_CHECK(terms.dim() == 2 && terms.size(1) == 4 && terms.is_contiguous() && terms.is_cpu(),
-                  "terms must be [T, 4], on the CPU");
+// `terms` is int64 [T, 7]: reduce, axis (0 row, 1 column), and the tests of the mask; see fastcl/backends/cuda.py.
+cuda::Plan make_plan(const Tensor& terms, bool symmetric, const cuda::Similarity& s) {
+  constexpr int64_t kCodes = 7;
+  STD_TORCH_CHECK(terms.dim() == 2 && terms.size(1) == kCodes && terms.is_contiguous() && terms.is_cpu(),
+                  "terms must be [T, ", kCodes, "], on the CPU");
   cuda::Terms rows{}, columns{};
   const int64_t* codes = terms.const_data_ptr<int64_t>();
-  for (int64_t t = 0; t < terms.size(0); ++t, codes += 4) {
+  for (int64_t t = 0; t < terms.size(0); ++t, codes += kCodes) {
     cuda::Terms& axis = codes[1] == 0 ? rows : columns;
     STD_TORCH_CHECK(axis.count < cuda::kMostTerms, "at most ", cuda::kMostTerms, " terms along an axis");
-    axis.at[axis.count++] = {static_cast<fastcl::Reduce>(codes[0]), static_cast<fastcl::Test>(codes[2]),
-                             static_cast<fastcl::Test>(codes[3])};
+    const fastcl::PairTerm term{static_cast<fastcl::Reduce>(codes[0]), static_cast<fastcl::Test>(codes[2]),
+                                static_cast<fastcl::Test>(codes[3]),   static_cast<fastcl::Test>(codes[4]),
+                                static_cast<fastcl::Test>(codes[5]),   static_cast<fastcl::Test>(codes[6])};
+    axis.at[axis.count++] = term;
+    const auto has = [](fastcl::Test test, const void* x) { return test == fastcl::Test::kAbsent || x != nullptr; };
+    const cuda::Tags& own = codes[1] == 0 ? s.row_tags : s.column_tags;
+    STD_TORCH_CHECK(has(term.target, s.target), "the plan needs a target");
+    STD_TORCH_CHECK(has(term.label, s.row_tags.labels) && has(term.label, s.column_tags.labels) &&
+                        has(term.id, s.row_tags.ids) && has(term.id, s.column_tags.ids) &&
+                        has(term.above, own.threshold) && (!symmetric || has(term.above, s.column_tags.threshold)),
+                    "the plan needs the tags that its masks test");
   }
   STD_TORCH_CHECK(!symmetric || columns.count == 0, "a symmetric plan has row terms only");
-  const cuda::Plan plan = cuda::make_plan(rows, columns, symmetric);
-  STD_TORCH_CHECK(!plan.uses_target || has_target, "the plan needs a target");
-  return plan;
+  return cuda::make_plan(rows, columns, symmetric);
 }
 
 Tensor new_float(const Tensor& like, int64_t size) {
@@ -126,11 +152,17 @@ Tensor new_float(const Tensor& like, int64_t rows, int64_t columns) {
 }
 
 std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift,
-                                      std::optional<Tensor> target, int64_t self_offset, double flag_below,
-                                      Tensor terms, bool symmetric, bool high_precision, bool hopper, int64_t stream) {
+                                      std::optional<Tensor> target, std::optional<Tensor> row_labels,
+                                      std::optional<Tensor> row_ids, std::optional<Tensor> row_threshold,
+                                      std::optional<Tensor> column_labels, std::optional<Tensor> column_ids,
+                                      std::optional<Tensor> column_threshold, int64_t label_width, int64_t self_offset,
+                                      double flag_below, Tensor terms, bool symmetric, bool high_precision, bool hopper,
+                                      int64_t stream) {
   cuda::StatisticsCall call{};
-  call.s = similarity(a, b, scale, shift, target, self_offset);
-  call.plan = make_plan(terms, symmetric, target.has_value());
+  const int64_t keys = b.has_value() ? b->size(0) : a.size(0);
+  call.s = similarity(a, b, scale, shift, target, tags(row_labels, row_ids, row_threshold, a.size(0)),
+                      tags(column_labels, column_ids, column_threshold, keys), label_width, self_offset);
+  call.plan = make_plan(terms, symmetric, call.s);
   call.flag_below = static_cast<float>(flag_below);
   const int64_t n = call.s.shape.rows;
   const int64_t m = call.s.shape.columns;
@@ -150,13 +182,17 @@ std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, Tensor 
 
 // W[row_begin:row_end, column_begin:column_end] into `out`, whose size is a whole number of tiles.
 void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std::optional<Tensor> target,
-             int64_t self_offset, double flag_below, Tensor terms, bool symmetric, bool high_precision, bool hopper,
-             Tensor rows, Tensor columns, Tensor grad_rows, Tensor grad_columns, std::optional<Tensor> multiplier,
-             int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end, bool mirror, Tensor out,
-             int64_t stream) {
+             std::optional<Tensor> row_labels, std::optional<Tensor> row_ids, std::optional<Tensor> row_threshold,
+             std::optional<Tensor> column_labels, std::optional<Tensor> column_ids,
+             std::optional<Tensor> column_threshold, int64_t label_width, int64_t self_offset, double flag_below,
+             Tensor terms, bool symmetric, bool high_precision, bool hopper, Tensor rows, Tensor columns,
+             Tensor grad_rows, Tensor grad_columns, std::optional<Tensor> multiplier, int64_t row_begin,
+             int64_t row_end, int64_t column_begin, int64_t column_end, bool mirror, Tensor out, int64_t stream) {
   cuda::WeightsArguments call{};
-  call.s = similarity(a, b, scale, shift, target, self_offset);
-  call.plan = make_plan(terms, symmetric, target.has_value());
+  const int64_t keys = b.has_value() ? b->size(0) : a.size(0);
+  call.s = similarity(a, b, scale, shift, target, tags(row_labels, row_ids, row_threshold, a.size(0)),
+                      tags(column_labels, column_ids, column_threshold, keys), label_width, self_offset);
+  call.plan = make_plan(terms, symmetric, call.s);
   call.flag_below = static_cast<float>(flag_below);
   const int64_t n = call.s.shape.rows;
   const int64_t m = call.s.shape.columns;
@@ -188,13 +224,17 @@ void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std:
 
 STABLE_TORCH_LIBRARY(fastcl_cuda, m) {
   m.def(
-      "statistics(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, int self_offset, float flag_below, "
-      "Tensor terms, bool symmetric, bool high_precision, bool hopper, int stream) -> (Tensor, Tensor)");
+      "statistics(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, "
+      "Tensor? row_labels, Tensor? row_ids, Tensor? row_threshold, Tensor? column_labels, Tensor? column_ids, "
+      "Tensor? column_threshold, int label_width, int self_offset, float flag_below, Tensor terms, bool symmetric, "
+      "bool high_precision, bool hopper, int stream) -> (Tensor, Tensor)");
   m.def(
-      "weights(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, int self_offset, float flag_below, "
-      "Tensor terms, bool symmetric, bool high_precision, bool hopper, Tensor rows, Tensor columns, Tensor grad_rows, "
-      "Tensor grad_columns, Tensor? multiplier, int row_begin, int row_end, int column_begin, int column_end, "
-      "bool mirror, Tensor(a!) out, int stream) -> ()");
+      "weights(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, "
+      "Tensor? row_labels, Tensor? row_ids, Tensor? row_threshold, Tensor? column_labels, Tensor? column_ids, "
+      "Tensor? column_threshold, int label_width, int self_offset, float flag_below, Tensor terms, bool symmetric, "
+      "bool high_precision, bool hopper, Tensor rows, Tensor columns, Tensor grad_rows, Tensor grad_columns, "
+      "Tensor? multiplier, int row_begin, int row_end, int column_begin, int column_end, bool mirror, "
+      "Tensor(a!) out, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcl_cuda, FASTCL_DISPATCH_KEY, m) {

@@ -39,7 +39,9 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
 """What they go on with."""
 MOST_SHARED_BYTES = 232_448
 
-BLOCKS = {("sweep", "Tf32x3"): 1, ("weights", "Tf32x3"): 1} | {("redo", precision): 1 for precision in PRECISIONS}
+SWEEPS, WEIGHTS = ("sweep", "sweep_tagged"), ("weights", "weights_tagged")
+"""The kernels for plans without tags and with."""
+BLOCKS = {(name, "Tf32x3"): 1 for name in (*SWEEPS, *WEIGHTS)} | {("redo", precision): 1 for precision in PRECISIONS}
 """Blocks that an SM of compute capability 8.0 or 9.0 holds, where not 2."""
 
 
@@ -77,6 +79,7 @@ def _kernels(cubin: Path) -> Iterator[Kernel]:
     bodies = dict(re.findall(r"Function : (\w+)\n(.*?)\n\s*\.{10}", _run(CUOBJDUMP, "-sass", cubin), re.DOTALL))
     for symbol, registers, stack in usage:
         name = ("hopper_" if "6hopper" in symbol else "") + re.search(r"([a-z]+)_kernel", symbol).group(1)
+        name += "_tagged" if "Lb1E" in symbol else ""
         precision = re.search(r"INS0_\d+(\w+?)E", symbol)
         yield Kernel(name, precision.group(1) if precision else "", int(registers), int(stack), bodies[symbol])
 
@@ -112,7 +115,7 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Kernel], str]
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_instantiation_is_there(architecture: str, kernels: Callable[[str], list[Kernel]]) -> None:
     names = Counter((kernel.name, kernel.precision) for kernel in kernels(architecture))
-    of_precision = {(name, precision): 1 for name in ("sweep", "redo", "weights") for precision in PRECISIONS}
+    of_precision = {(name, precision): 1 for name in (*SWEEPS, *WEIGHTS, "redo") for precision in PRECISIONS}
     assert names == of_precision | {("combine", ""): 1}
 
 
@@ -141,7 +144,7 @@ def test_hopper(hopper: tuple[list[Kernel], str]) -> None:
     """Products in the order they were written in, too: ptxas says so where it has to wait for each by itself."""
     compiled, said = hopper
     names = Counter((kernel.name, kernel.precision) for kernel in compiled)
-    assert names == {(name, p): 1 for name in ("hopper_sweep", "hopper_weights") for p in HOPPER_PRECISIONS}
+    assert names == {(f"hopper_{name}", p): 1 for name in (*SWEEPS, *WEIGHTS) for p in HOPPER_PRECISIONS}
     assert _spilling(compiled) == []
     assert "wgmma" not in said, said
     for kernel in compiled:

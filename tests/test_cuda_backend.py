@@ -7,6 +7,7 @@ type of its device.
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,12 @@ import torch
 import fastcl
 from fastcl import engine, tuning
 from fastcl.backends import cuda, dense, panels
-from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Statistics, Term
-from tests.cases import relative_error, require
+from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Statistics, Tags, Term
+from tests.cases import relative_error
 from tests.losses import LOSSES, Loss
 from tests.test_correctness import check_against_float64
+from tests.test_cpu_masks import with_thresholds
+from tests.test_false_negatives import CALLS, grid
 
 ROOT = Path(__file__).parents[1]
 INCLUDES = (ROOT / "tests" / "cpp", Path(torch.__file__).parent / "include", Path(sysconfig.get_path("include")))
@@ -37,6 +40,35 @@ BOTH_AXES = Plan(
         Term(Reduce.SUM, Mask(target=True), Axis.COLUMN),
         Term(Reduce.MAX, NOT_SELF),
     )
+)
+SUP_CON = Plan(
+    (
+        Term(Reduce.LSE, Mask(label=False, id=False)),
+        Term(Reduce.LSE, Mask(label=True, self_pair=False)),
+        Term(Reduce.SUM, Mask(label=True, self_pair=False)),
+        Term(Reduce.LSE, Mask(self_pair=False, above=False)),
+    ),
+    symmetric=True,
+    label_width=1,
+)
+TAGS_ON_BOTH_AXES = Plan(
+    (
+        Term(Reduce.LSE, Mask(self_pair=False, target=False, above=False)),
+        Term(Reduce.MAX, Mask(id=False)),
+        Term(Reduce.SUM, Mask(target=True, label=True)),
+        Term(Reduce.LSE, Mask(label=False, above=True), Axis.COLUMN),
+        Term(Reduce.SUM, Mask(id=True), Axis.COLUMN),
+        Term(Reduce.LSE, Mask(self_pair=False, id=False), Axis.COLUMN),
+    ),
+    label_width=2,
+)
+EACH_PLAN = pytest.mark.parametrize(
+    "plan",
+    [SYMMETRIC, BOTH_AXES, SUP_CON, TAGS_ON_BOTH_AXES],
+    ids=["symmetric", "both-axes", "sup_con", "tags-on-both-axes"],
+)
+EACH_LOSS = pytest.mark.parametrize(
+    "loss", [loss for loss in LOSSES if "cuda" in loss.backends], ids=lambda loss: loss.name
 )
 
 pytestmark = [
@@ -94,8 +126,17 @@ def make(plan: Plan, n: int, m: int, dim: int, dtype: torch.dtype, scale: float)
     def unit(count: int) -> torch.Tensor:
         return torch.nn.functional.normalize(torch.randn(count, dim), dim=1).to(dtype)
 
+    def draw_tags(rows: int) -> Tags:
+        """Some labels are neighbours, and some differ in the high half alone; so do ids."""
+        values = torch.tensor([-(2**62), 1 - 2**62, -7, -6, 0, 2**40, 2**40 + 2])
+        return Tags(values[torch.randint(7, (rows,))], values[torch.randint(7, (rows,))])
+
     b = None if plan.symmetric else unit(m)
-    return Operands(unit(n), b, torch.tensor(scale), torch.randint(-2, m + 2, (n,)), 1.0)
+    row_tags, column_tags = draw_tags(n), draw_tags(m)
+    target = torch.randint(-2, m + 2, (n,))
+    return with_thresholds(
+        Operands(unit(n), b, torch.tensor(scale), target, 1.0, row_tags=row_tags, column_tags=column_tags)
+    )
 
 
 def check_gradient(plan: Plan, operands: Operands, tolerance: float) -> None:
@@ -115,14 +156,13 @@ def check_gradient(plan: Plan, operands: Operands, tolerance: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shape", [(33, 17), (75, 33)], ids=lambda shape: f"{shape[0]}x{shape[1]}")
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if "cuda" in loss.backends], ids=lambda loss: loss.name)
+@EACH_LOSS
 def test_agrees_with_float64(loss: Loss, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    require(loss, "cuda")
     check_against_float64(loss, *shape, dtype, "cuda")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
-@pytest.mark.parametrize("plan", [SYMMETRIC, BOTH_AXES], ids=["symmetric", "both-axes"])
+@EACH_PLAN
 def test_several_panels(plan: Plan, dtype: torch.dtype, tolerance: float) -> None:
     """Of one tile each, the last ones ragged."""
     operands = make(plan, 300, 300 if plan.symmetric else 190, 20, dtype, 12.0)
@@ -132,14 +172,14 @@ def test_several_panels(plan: Plan, dtype: torch.dtype, tolerance: float) -> Non
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+@EACH_LOSS
 def test_hopper_agrees_with_float64(loss: Loss, dtype: torch.dtype) -> None:
     check_against_float64(loss, 75, 33, dtype, "cuda")
 
 
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
-@pytest.mark.parametrize("plan", [SYMMETRIC, BOTH_AXES], ids=["symmetric", "both-axes"])
+@EACH_PLAN
 def test_several_panels_on_hopper(plan: Plan, dtype: torch.dtype, tolerance: float) -> None:
     operands = make(plan, 300, 300 if plan.symmetric else 190, 20, dtype, 12.0)
     with tuning.override(workspace_bytes=128 * 256 * operands.a.element_size()):
@@ -198,11 +238,61 @@ def test_row_and_column_offsets() -> None:
     check_gradient(BOTH_AXES, replace(operands, target=operands.target + 990), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("path", "dtype"),
+    [("portable", torch.float32), ("portable", torch.bfloat16), ("hopper", torch.bfloat16)],
+    ids=["float32", "bfloat16", "hopper"],
+)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_margin(name: str, path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are exact, so that every backend must leave out the same pairs."""
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", path)
+    call, reference = CALLS[name]
+    x, y = grid(141, 24, dtype), grid(142, 24, dtype)[:141].detach().requires_grad_()
+    wide = [features.detach().double().requires_grad_() for features in (x, y)]
+    tolerance = 2e-5 if dtype is torch.float32 else 4e-3
+    want = reference(*wide)
+    got = call(x, y, reduction="none", backend="cuda")
+    assert (got.double() - want).abs().max() < tolerance
+    exact = torch.autograd.grad(want.mean(), wide)
+    for gradient, expected in zip(torch.autograd.grad(got.mean(), (x, y)), exact, strict=True):
+        assert relative_error(gradient, expected) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype"), [("portable", torch.float32), ("hopper", torch.float16)], ids=["float32", "hopper"]
+)
+@pytest.mark.parametrize("axis", Axis)
+def test_a_pair_that_rounding_moved_over_the_threshold(
+    axis: Axis, path: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward left out a pair whose exponential would dwarf all others; in the backward it weighs at most 1."""
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", path)
+    n = 31
+    plan = Plan((Term(Reduce.LSE, Mask(above=False), axis),))
+    a = torch.eye(n, 40, dtype=dtype)
+    tags = Tags(threshold=torch.full((n,), 50.0))
+    operands = Operands(a, a.clone(), torch.tensor(100.0), None, 1.0, row_tags=tags, column_tags=tags)
+    statistics = cuda.statistics(plan, operands)
+    torch.testing.assert_close(torch.cat(tuple(statistics)), torch.full((1, n), math.log(n - 1)))
+    tags = Tags(threshold=tags.threshold + 100.0)
+    incoming = Statistics(*(torch.ones_like(x) for x in statistics))
+    moved = replace(operands, row_tags=tags, column_tags=tags)
+    for x in cuda.gradient(plan, moved, statistics, incoming, True, True):
+        torch.testing.assert_close(x.diagonal(), torch.ones(n))
+
+
+def test_tags_that_the_kernels_read_in_another_layout() -> None:
+    operands = make(TAGS_ON_BOTH_AXES, 30, 40, 16, torch.float32, 10.0)
+    apart = Tags(*(torch.stack((tag, tag), dim=1)[:, 0] for tag in operands.row_tags))
+    apart = apart._replace(threshold=apart.threshold.double().requires_grad_())
+    check_gradient(TAGS_ON_BOTH_AXES, replace(operands, row_tags=apart), 1e-5)
+
+
 def test_what_it_refuses() -> None:
     operands = make(BOTH_AXES, 8, 9, 4, torch.float32, 1.0)
     assert cuda.supports(BOTH_AXES, operands) is None
     assert "float64" in cuda.supports(BOTH_AXES, replace(operands, a=operands.a.double()))
-    assert "label" in cuda.supports(Plan((Term(Reduce.LSE, Mask(label=False)),)), operands)
     assert "more than 4 terms" in cuda.supports(Plan((Term(Reduce.LSE),) * 5), operands)
     assert "empty" in cuda.supports(BOTH_AXES, replace(operands, a=operands.a[:0]))
     assert "symmetric" in cuda.supports(SYMMETRIC, operands)

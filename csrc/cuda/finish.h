@@ -40,7 +40,7 @@ FASTCL_KERNEL(kThreads, 1) combine_kernel(FASTCL_PARAMETER(CombineArguments) x) 
 }
 
 struct RedoArguments {
-  Similarity s;  // with the own side, whose log-sum-exps these are, as its rows
+  Similarity s;  // with the own side, whose log-sum-exps these are, as its rows; shape and target as they were
   PairTerm term;
   bool own_is_row;
   float flag_below;
@@ -63,7 +63,7 @@ struct RunningSum {
   }
 };
 
-struct RedoMemory {
+struct RedoMemory : TileTags<true> {
   alignas(128) unsigned char stages[kStages * kStageBytes];
   RunningSum sums[kWarpsAcross][kTile];
 };
@@ -84,29 +84,36 @@ redo_kernel(FASTCL_PARAMETER(RedoArguments) x) {
 
   const float scale_log2 = *x.s.scale * kLog2E;
   RunningSum sums[BlockTeam::kRows];
-  for_each_tile<Precision>(x.s.operands, RowWalk(own0, x.s.operands.b.count), memory.stages,
-                           [&](const RowWalk& tile, Accumulators& values) {
+  for_each_tile<Precision>(
+      x.s.operands, RowWalk(own0, x.s.operands.b.count), memory.stages, [&](const RowWalk& tile, Accumulators& values) {
+        TeamPairs<BlockTeam> admitted = all_pairs<BlockTeam::kRows, BlockTeam::kColumns>();
+        if (tests_tags(x.term)) {
+          load_tags<BlockTeam>(x.s, tile.i(), tile.j(), memory);
+          sync_threads();
+          const auto tags =
+              tag_sets<BlockTeam, BlockTeam::kRows, BlockTeam::kColumns>(x.s, memory, tile.i(), tile.j(), values, 0, 0);
+          admitted = tags.admitted(admitted, x.term, false);
+        }
 #pragma unroll
-                             for (int u = 0; u < BlockTeam::kRows; ++u) {
-                               const int here = tile.i() + BlockTeam::row(thread_index(), u);
-                               float largest = -kInfinity;
+        for (int u = 0; u < BlockTeam::kRows; ++u) {
+          const int here = tile.i() + BlockTeam::row(thread_index(), u);
+          float largest = -kInfinity;
 #pragma unroll
-                               for (int v = 0; v < BlockTeam::kColumns; ++v) {
-                                 const int there = tile.j() + BlockTeam::column(thread_index(), v);
-                                 const int i = x.own_is_row ? here : there;
-                                 const int j = x.own_is_row ? there : here;
-                                 const int target = x.s.target != nullptr && i < x.s.shape.rows ? x.s.target[i] : -1;
-                                 const bool counted = counts(x.term, x.s.shape, i, j, target);
-                                 values.at(u, v) = counted ? values.at(u, v) * scale_log2 : -kInfinity;
-                                 largest = values.at(u, v) > largest ? values.at(u, v) : largest;
-                               }
-                               sums[u].raise(largest);
-                               const float base = sums[u].largest == -kInfinity ? 0.0f : sums[u].largest;
+          for (int v = 0; v < BlockTeam::kColumns; ++v) {
+            const int there = tile.j() + BlockTeam::column(thread_index(), v);
+            const int i = x.own_is_row ? here : there;
+            const int j = x.own_is_row ? there : here;
+            const int target = x.s.target != nullptr && i < x.s.shape.rows ? x.s.target[i] : -1;
+            const bool counted = admitted.has(u, v) && counts(x.term, x.s.shape, i, j, target);
+            values.at(u, v) = counted ? values.at(u, v) * scale_log2 : -kInfinity;
+            largest = values.at(u, v) > largest ? values.at(u, v) : largest;
+          }
+          sums[u].raise(largest);
+          const float base = sums[u].largest == -kInfinity ? 0.0f : sums[u].largest;
 #pragma unroll
-                               for (int v = 0; v < BlockTeam::kColumns; ++v)
-                                 sums[u].total += exp2_fast(values.at(u, v) - base);
-                             }
-                           });
+          for (int v = 0; v < BlockTeam::kColumns; ++v) sums[u].total += exp2_fast(values.at(u, v) - base);
+        }
+      });
 #pragma unroll
   for (int u = 0; u < BlockTeam::kRows; ++u) {
 #pragma unroll

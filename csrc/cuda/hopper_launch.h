@@ -48,14 +48,19 @@ MappedOperands map_operands(const Operands& x, Map map) {
 // `most_blocks`: as many as the device holds at a time.
 template <class Precision, class Map, class Launch>
 void launch_sweep(const SweepArguments& x, int most_blocks, Map map, Launch launch) {
-  launch(sweep_kernel<Precision>, smaller(most_blocks, super_tiles(x.rows, x.columns, x.plan.symmetric)), kThreads,
-         sizeof(SweepMemory), SweepKernelArguments{map_operands<Precision>(x.s.operands, map), x});
+  for_tags(x.plan, [&](auto tagged) {
+    launch(sweep_kernel<Precision, tagged.value>,
+           smaller(most_blocks, super_tiles(x.rows, x.columns, x.plan.symmetric)), kThreads,
+           sizeof(SweepMemory<tagged.value>), SweepKernelArguments{map_operands<Precision>(x.s.operands, map), x});
+  });
 }
 
 template <class Precision, class Map, class Launch>
 void launch_weights(const WeightsArguments& x, int most_blocks, Map map, Launch launch) {
-  launch(weights_kernel<Precision>, smaller(most_blocks, panel_tiles(x.panel)), kThreads, sizeof(WeightsMemory),
-         WeightsKernelArguments{map_operands<Precision>(x.s.operands, map), x});
+  for_tags(x.plan, [&](auto tagged) {
+    launch(weights_kernel<Precision, tagged.value>, smaller(most_blocks, panel_tiles(x.panel)), kThreads,
+           sizeof(WeightsMemory<tagged.value>), WeightsKernelArguments{map_operands<Precision>(x.s.operands, map), x});
+  });
 }
 
 }  // namespace fastcl::cuda::hopper

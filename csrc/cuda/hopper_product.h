@@ -37,6 +37,11 @@ struct WarpgroupTeam : WarpgroupFragments {
   }
 };
 
+// As FrugalBlockTeam.
+struct FrugalWarpgroupTeam : WarpgroupTeam {
+  FASTCL_DEVICE static int thread() { return thread_index_anew() % kWarpgroup; }
+};
+
 // Stages, and rows of A that stay for a while. What is in a place belongs to the producer until `full`, then to a
 // consumer until `empty`.
 template <int kKept>

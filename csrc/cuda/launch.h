@@ -2,14 +2,17 @@
 // blocks, threads, shared bytes, arguments)` is CUDA's for the engine and the emulation's for the tests.
 #pragma once
 
+#include <utility>
+
 #include "engine.h"
 #include "finish.h"
 #include "weights.h"
 
 namespace fastcl::cuda {
 
-// One set of kernels for each kind of product; a plan, its masks and its symmetry are arguments. bfloat16 and float16
-// are what models are trained in, tf32 is float32 under set_float32_matmul_precision("high"), tf32 x 3 under "highest".
+// Kernels for each kind of product; a plan, its masks and its symmetry are arguments, but for whether it tests tags.
+// bfloat16 and float16 are what models are trained in, tf32 is float32 under set_float32_matmul_precision("high"),
+// tf32 x 3 under "highest".
 template <class Call>
 void for_precision(Dtype dtype, Call call) {
   switch (dtype) {
@@ -49,7 +52,10 @@ inline SweepArguments sweep_arguments(const StatisticsCall& call, int64_t most) 
 
 template <class Precision, class Launch>
 void launch_sweep(const SweepArguments& x, Launch launch) {
-  launch(sweep_kernel<Precision>, super_tiles(x.rows, x.columns, x.plan.symmetric), kThreads, sizeof(SweepMemory), x);
+  for_tags(x.plan, [&](auto tagged) {
+    launch(sweep_kernel<Precision, tagged.value>, super_tiles(x.rows, x.columns, x.plan.symmetric), kThreads,
+           sizeof(SweepMemory<tagged.value>), x);
+  });
 }
 
 // What follows a sweep, whichever kernel made it.
@@ -60,13 +66,17 @@ void launch_finish(const StatisticsCall& call, const SweepArguments& x, Launch l
   if (call.plan.symmetric) return;
   Similarity turned = call.s;
   turned.operands = {call.s.operands.b, call.s.operands.a, call.s.operands.depth_bytes};
+  std::swap(turned.row_tags, turned.column_tags);
   finish_axis<Precision>(turned, false, call.plan.columns, x.rows.slots, x.column_partials, call.flag_below,
                          call.columns, launch);
 }
 
 template <class Precision, class Launch>
 void launch_weights(const WeightsArguments& call, Launch launch) {
-  launch(weights_kernel<Precision>, panel_tiles(call.panel), kThreads, sizeof(WeightsMemory), call);
+  for_tags(call.plan, [&](auto tagged) {
+    launch(weights_kernel<Precision, tagged.value>, panel_tiles(call.panel), kThreads,
+           sizeof(WeightsMemory<tagged.value>), call);
+  });
 }
 
 }  // namespace fastcl::cuda

@@ -11,6 +11,12 @@
 namespace fastcl::cuda {
 
 FASTCL_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+// The same, which the compiler has to read anew instead of keeping what follows from it.
+FASTCL_DEVICE int thread_index_anew() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 FASTCL_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 
 FASTCL_DEVICE unsigned char* shared_memory() {

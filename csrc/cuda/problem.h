@@ -24,6 +24,14 @@ FASTCL_HOST_DEVICE const unsigned char* row_address(const Vectors& x, int row) {
   return x.data + static_cast<int64_t>(smaller(row, x.count - 1)) * x.pitch;
 }
 
+// What masks test about the rows of an operand, one number for each; null where none looks at it. Labels and ids in
+// two's complement.
+struct Tags {
+  const uint64_t* labels;
+  const uint64_t* ids;
+  const float* threshold;  // of logits, for terms along this side
+};
+
 // S = scale * A @ B.T, and what exponentials and masks need to know of it.
 struct Similarity {
   Operands operands;
@@ -31,6 +39,9 @@ struct Similarity {
   const float* scale;     // on the device, as is
   const float* shift;     // c in exp(S - c)
   const int32_t* target;  // the column of each row's target, -1 outside of S; null where no mask looks at it
+  Tags row_tags;
+  Tags column_tags;  // of a symmetric plan the same
+  uint64_t label_width;
 };
 
 // What the terms along one axis came to, and the loss's gradients with respect to that, both [terms, count].

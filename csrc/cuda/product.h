@@ -25,6 +25,11 @@ struct BlockTeam : BlockFragments {
   FASTCL_DEVICE static bool any(bool predicate) { return any_thread(predicate); }
 };
 
+// For kernels that have no registers left for what follows from a thread's index.
+struct FrugalBlockTeam : BlockTeam {
+  FASTCL_DEVICE static int thread() { return thread_index_anew(); }
+};
+
 // This thread's share of the copies from memory into stages.
 template <class Walk>
 class Loader {

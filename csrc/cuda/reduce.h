@@ -26,15 +26,15 @@ struct Largest {
 
 // Merges x[k] over the lanes that differ in the bits kBit ... kLast, and halves with each bit which of the kLeft
 // numbers a lane goes on with: 8 numbers take 7 shuffles over 8 lanes, 6 over 4.
-template <int kBit, int kLast, int kLeft, int kCount, class Merge>
+template <class Team, int kBit, int kLast, int kLeft, int kCount, class Merge>
 FASTCL_DEVICE void merge_across(float (&x)[kCount], Merge merge) {
-  const bool upper = lane_of(thread_index()) & kBit;
+  const bool upper = lane_of(Team::thread()) & kBit;
 #pragma unroll
   for (int k = 0; k < kLeft / 2; ++k) {
     const float theirs = shuffle_xor(upper ? x[k] : x[k + kLeft / 2], kBit);
     x[k] = merge(upper ? x[k + kLeft / 2] : x[k], theirs);
   }
-  if constexpr (kBit > kLast) merge_across<kBit / 2, kLast, kLeft / 2>(x, merge);
+  if constexpr (kBit > kLast) merge_across<Team, kBit / 2, kLast, kLeft / 2>(x, merge);
 }
 
 // Merges the values of the pairs in `counted` (terms.h) along this warp's columns into what the warps across have for
@@ -51,7 +51,7 @@ FASTCL_DEVICE void reduce_along_rows(Merge merge, const typename Team::Accumulat
       x[u] = merge(x[u], counted.has(u, v) ? values.at(u, v) : Merge::kNothing);
     }
   }
-  merge_across<2, 1, Team::kRows>(x, merge);
+  merge_across<Team, 2, 1, Team::kRows>(x, merge);
   const int first = row_after_sum<Team>(lane_of(Team::thread()));
 #pragma unroll
   for (int k = 0; k < Team::kRows / 4; ++k) {
@@ -73,7 +73,7 @@ FASTCL_DEVICE void reduce_along_columns(Merge merge, const typename Team::Accumu
       x[v] = merge(x[v], counted.has(u, v) ? values.at(u, v) : Merge::kNothing);
     }
   }
-  merge_across<16, 4, Team::kColumns>(x, merge);
+  merge_across<Team, 16, 4, Team::kColumns>(x, merge);
   const int first = column_after_sum<Team>(lane_of(Team::thread()));
 #pragma unroll
   for (int k = 0; k < Team::kColumns / 8; ++k) column_sums[Team::column(Team::thread(), first + k)] = x[k];

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "../pair_terms.h"
 #include "tile.h"
@@ -22,6 +23,7 @@ struct Plan {
   bool symmetric;
   bool uses_self;
   bool uses_target;
+  bool tests_tags;
 };
 
 // The rows and columns of S, and which column is a row's self pair: i + self_offset.
@@ -31,9 +33,10 @@ struct Shape {
   int self_offset;
 };
 
-// Whether a term counts the pair (i, j), which may lie over the edge of S.
+// Whether a term counts the pair (i, j), which may lie over the edge of S, but for what it asks of tags (tags.h).
 FASTCL_HOST_DEVICE bool counts(const PairTerm& term, const Shape& shape, int i, int j, int target_of_i) {
-  return i < shape.rows && j < shape.columns && admits(term, j - i == shape.self_offset, j == target_of_i);
+  return i < shape.rows && j < shape.columns && passes(term.self_pair, j - i == shape.self_offset) &&
+         passes(term.target, j == target_of_i);
 }
 
 // Whether the tile of `side` pairs a side at (i0, j0) has the self pair of one of its rows.
@@ -59,6 +62,15 @@ struct PairSet {
 
   FASTCL_HOST_DEVICE bool has(int u, int v) const {
     return words[(u * kColumns + v) / 64] >> (u * kColumns + v) % 64 & 1;
+  }
+  FASTCL_HOST_DEVICE void insert(int u, int v, bool present) {
+    words[(u * kColumns + v) / 64] |= static_cast<uint64_t>(present) << (u * kColumns + v) % 64;
+  }
+  // Those alone whose outcome, by the set of all that pass, is the one that a mask asks for.
+  FASTCL_HOST_DEVICE void keep(Test test, const PairSet& passing) {
+    if (test == Test::kAbsent) return;
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) words[k] &= test == Test::kRequired ? passing.words[k] : ~passing.words[k];
   }
 };
 
@@ -97,14 +109,26 @@ FASTCL_HOST_DEVICE PairSet<kRows, kColumns> counted_pairs(const PairTerm& term, 
 }
 
 inline Plan make_plan(const Terms& rows, const Terms& columns, bool symmetric) {
-  Plan plan{rows, symmetric ? rows : columns, symmetric, false, false};
+  Plan plan{rows, symmetric ? rows : columns, symmetric, false, false, false};
   for (const Terms* terms : {&plan.rows, &plan.columns}) {
     for (int t = 0; t < terms->count; ++t) {
       plan.uses_self |= terms->at[t].self_pair != Test::kAbsent;
       plan.uses_target |= terms->at[t].target != Test::kAbsent;
+      plan.tests_tags |= tests_tags(terms->at[t]);
     }
   }
   return plan;
+}
+
+// Calls call(std::bool_constant), whether the plan tests tags: plans without tags have kernels that know nothing of
+// them.
+template <class Call>
+void for_tags(const Plan& plan, Call call) {
+  if (plan.tests_tags) {
+    call(std::true_type());
+  } else {
+    call(std::false_type());
+  }
 }
 
 }  // namespace fastcl::cuda

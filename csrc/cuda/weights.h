@@ -22,18 +22,20 @@ struct AxisFactors {
   int targets[kTile];
 };
 
-struct TileFactors {
+template <bool kTagged>
+struct TileFactors : TileTags<kTagged> {
   AxisFactors rows;
   AxisFactors columns;
 };
 
 // A team's tiles of W. `staged` has room for one, on its way to memory.
-template <class Precision, class Team>
+template <class Precision, class Team, bool kTagged>
 class Weights {
  public:
   using Accumulators = typename Team::Accumulators;
+  using Memory = TileFactors<kTagged>;
 
-  FASTCL_DEVICE Weights(const WeightsArguments& x, TileFactors& memory, unsigned char* staged)
+  FASTCL_DEVICE Weights(const WeightsArguments& x, Memory& memory, unsigned char* staged)
       : x_(x), memory_(memory), staged_(staged), scale_log2_(*x.s.scale * kLog2E), shift_log2_(shift_log2(x.s)) {}
 
   // Between two calls, and before the first, the team has met.
@@ -56,10 +58,13 @@ class Weights {
   static constexpr int kPartColumns = Team::kPartColumns;
   using Part = float[kPartRows][kPartColumns];
   using PartPairs = PairSet<kPartRows, kPartColumns>;
+  using PartSets = TagSets<kPartRows, kPartColumns>;
 
-  // Whether anything in this tile is flagged or for a mask to look at; leaves the axes' factors in shared memory.
+  // Whether anything in this tile is flagged or for a mask to look at; leaves the axes' factors and tags in shared
+  // memory.
   FASTCL_DEVICE bool find_exceptions(int i0, int j0) {
     bool found = x_.plan.uses_self && has_self_pair(x_.s.shape, i0, j0, kTile);
+    if constexpr (kTagged) load_tags<Team>(x_.s, i0, j0, memory_);
 #pragma unroll
     for (int axis = Team::thread() / kTile; axis < 2; axis += Team::kThreads / kTile) {
       found |= prepare_factors(axis == 0, i0, j0);
@@ -116,6 +121,8 @@ class Weights {
   FASTCL_DEVICE void form_part(int i0, int j0, int u, int v, Accumulators& values) {
     const TilePairs pairs{x_.s.shape, i0, j0, memory_.rows.targets, memory_.columns.targets};
     Part weights = {};
+    PartSets tags = {};
+    if constexpr (kTagged) tags = tag_sets<Team, kPartRows, kPartColumns>(x_.s, memory_, i0, j0, values, u, v);
 #pragma unroll
     for (int k = 0; k < kPartRows; ++k) {
 #pragma unroll
@@ -124,8 +131,8 @@ class Weights {
         value = kMasked ? value * scale_log2_ : exp2_fast(value * scale_log2_ - shift_log2_);
       }
     }
-    for (int t = 0; t < x_.plan.rows.count; ++t) add_along_rows<kMasked>(t, pairs, u, v, values, weights);
-    for (int t = 0; t < x_.plan.columns.count; ++t) add_along_columns<kMasked>(t, pairs, u, v, values, weights);
+    for (int t = 0; t < x_.plan.rows.count; ++t) add_along_rows<kMasked>(t, pairs, tags, u, v, values, weights);
+    for (int t = 0; t < x_.plan.columns.count; ++t) add_along_columns<kMasked>(t, pairs, tags, u, v, values, weights);
 #pragma unroll
     for (int k = 0; k < kPartRows; ++k) {
 #pragma unroll
@@ -134,17 +141,23 @@ class Weights {
   }
 
   template <bool kMasked>
-  FASTCL_DEVICE static PartPairs counted_by(const PairTerm& term, const TilePairs& pairs, bool turned, int u, int v) {
-    if (!kMasked) return all_pairs<kPartRows, kPartColumns>();
-    return counted_pairs<Team, kPartRows, kPartColumns>(term, pairs, turned, Team::thread(), u, v);
+  FASTCL_DEVICE PartPairs counted_by(const PairTerm& term, const TilePairs& pairs, const PartSets& tags,
+                                     bool along_columns, int u, int v) const {
+    PartPairs counted = all_pairs<kPartRows, kPartColumns>();
+    if (kMasked) {
+      const bool turned = along_columns && x_.plan.symmetric;
+      counted = counted_pairs<Team, kPartRows, kPartColumns>(term, pairs, turned, Team::thread(), u, v);
+    }
+    if constexpr (kTagged) counted = tags.admitted(counted, term, along_columns);
+    return counted;
   }
 
   template <bool kMasked>
-  FASTCL_DEVICE void add_along_rows(int t, const TilePairs& pairs, int u, int v, const Accumulators& values,
-                                    Part& weights) {
+  FASTCL_DEVICE void add_along_rows(int t, const TilePairs& pairs, const PartSets& tags, int u, int v,
+                                    const Accumulators& values, Part& weights) {
     const PairTerm term = x_.plan.rows.at[t];
     if (term.reduce == Reduce::kMax || !contributes(term, kMasked)) return;
-    const PartPairs counted = counted_by<kMasked>(term, pairs, false, u, v);
+    const PartPairs counted = counted_by<kMasked>(term, pairs, tags, false, u, v);
 #pragma unroll
     for (int k = 0; k < kPartRows; ++k) {
       const int row = Team::row(Team::thread(), u + k);
@@ -157,11 +170,11 @@ class Weights {
   }
 
   template <bool kMasked>
-  FASTCL_DEVICE void add_along_columns(int t, const TilePairs& pairs, int u, int v, const Accumulators& values,
-                                       Part& weights) {
+  FASTCL_DEVICE void add_along_columns(int t, const TilePairs& pairs, const PartSets& tags, int u, int v,
+                                       const Accumulators& values, Part& weights) {
     const PairTerm term = x_.plan.columns.at[t];
     if (term.reduce == Reduce::kMax || !contributes(term, kMasked)) return;
-    const PartPairs counted = counted_by<kMasked>(term, pairs, x_.plan.symmetric, u, v);
+    const PartPairs counted = counted_by<kMasked>(term, pairs, tags, true, u, v);
 #pragma unroll
     for (int l = 0; l < kPartColumns; ++l) {
       const int column = Team::column(Team::thread(), v + l);
@@ -177,7 +190,9 @@ class Weights {
   template <bool kMasked>
   FASTCL_DEVICE static float slope(const PairTerm& term, const AxisFactors& factors, int t, int index, float value) {
     if (term.reduce == Reduce::kSum) return factors.incoming[t][index];
-    const float slope = kMasked ? exp2_fast(value - factors.lse_log2[t][index]) : value * factors.ratio[t][index];
+    float slope = kMasked ? exp2_fast(value - factors.lse_log2[t][index]) : value * factors.ratio[t][index];
+    // A probability, unless rounding moved a pair over a threshold since the forward: it isn't in L then.
+    if (kTagged && term.above != Test::kAbsent && slope > 1.0f) slope = 1.0f;
     return slope * factors.incoming[t][index];
   }
 
@@ -221,26 +236,27 @@ class Weights {
   }
 
   const WeightsArguments& x_;
-  TileFactors& memory_;
+  Memory& memory_;
   unsigned char* const staged_;
   const float scale_log2_;
   const float shift_log2_;
 };
 
+template <bool kTagged>
 struct WeightsMemory {
   alignas(128) unsigned char stages[kStages * kStageBytes];
-  TileFactors factors;
+  TileFactors<kTagged> factors;
 };
 static_assert(kTile * kTile * 4 <= kStages * kStageBytes, "a tile of W is staged where the operands were");
 
 // A block has one tile of the panel.
-template <class Precision>
+template <class Precision, bool kTagged>
 FASTCL_KERNEL(kThreads, Precision::kBlocksPerSm)
 weights_kernel(FASTCL_PARAMETER(WeightsArguments) x) {
-  WeightsMemory& memory = *reinterpret_cast<WeightsMemory*>(shared_memory());
+  auto& memory = *reinterpret_cast<WeightsMemory<kTagged>*>(shared_memory());
   const SuperTile tile = panel_tile(block_index(), x.panel);
   const OneTile at(x.panel.row_begin + tile.r * kTile, x.panel.column_begin + tile.c * kTile);
-  Weights<Precision, BlockTeam> weights(x, memory.factors, memory.stages);
+  Weights<Precision, BlockTeam, kTagged> weights(x, memory.factors, memory.stages);
   for_each_tile<Precision>(x.s.operands, at, memory.stages, [&](const OneTile& tile, Accumulators& values) {
     weights.write_tile(tile.i(), tile.j(), values);
   });

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +28,14 @@ from fastcl.terms import (
     Axis,
     CrossEntropy,
     LossAndGradients,
+    Mask,
     Needs,
     Operands,
     Plan,
     Products,
     Reduce,
     Statistics,
+    Tags,
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,7 +56,7 @@ def unavailable() -> str | None:
 
 
 def refuses(plan: Plan) -> str | None:
-    return None if plan.names_pairs else "a mask tests label, id or above"
+    return None
 
 
 def supports(plan: Plan, operands: Operands) -> str | None:
@@ -120,12 +123,18 @@ class _Inputs(NamedTuple):
     scale: Tensor
     shift: Tensor
     target: Tensor | None
+    row_tags: Tags
+    column_tags: Tags
+    label_width: int
     self_offset: int
     flag_below: float
 
     def arguments(self, plan: Plan) -> tuple[Any, ...]:
         high_precision = torch.get_float32_matmul_precision() == "highest"
-        return (*self, _term_codes(plan), plan.symmetric, high_precision, _takes_hopper(self.a))
+        vectors = (self.a, self.b, self.scale, self.shift, self.target)
+        numbers = (self.label_width, self.self_offset, self.flag_below)
+        how = (plan.symmetric, high_precision, _takes_hopper(self.a))
+        return (*vectors, *self.row_tags, *self.column_tags, *numbers, _term_codes(plan), *how)
 
 
 def _inputs(plan: Plan, operands: Operands) -> _Inputs:
@@ -133,6 +142,7 @@ def _inputs(plan: Plan, operands: Operands) -> _Inputs:
     a = _aligned(operands.a.detach())
     scale = operands.scale.detach().float()
     target = operands.target if plan.tests("target") else None
+    row_tags = _tags(plan, operands.row_tags, Axis.ROW)
     return _Inputs(
         a=a,
         b=a if operands.b is None else _aligned(operands.b.detach()),
@@ -140,6 +150,9 @@ def _inputs(plan: Plan, operands: Operands) -> _Inputs:
         # a negative shift would only cost accuracy: nothing underflows without one
         shift=fixed_shift(operands, scale).clamp_min(0.0),
         target=None if target is None else _local_columns(target - operands.col0, m),
+        row_tags=row_tags,
+        column_tags=row_tags if operands.b is None else _tags(plan, operands.column_tags, Axis.COLUMN),
+        label_width=plan.label_width,
         # beyond [-n, m] no pair of this S is a self pair, and so it stays when clamped
         self_offset=max(-n, min(operands.row0 - operands.col0, m)),
         flag_below=flag_threshold(operands),
@@ -184,6 +197,14 @@ def _local_columns(target: Tensor, m: int) -> Tensor:
     return torch.where((target >= 0) & (target < m), target, -1).to(torch.int32)
 
 
+def _tags(plan: Plan, tags: Tags, axis: Axis) -> Tags:
+    """What the plan's masks test about rows or columns, as the kernels read it."""
+    labels, ids, threshold = (
+        tag.contiguous() if tested else None for tag, tested in zip(tags, plan.tags_tested(axis), strict=True)
+    )
+    return Tags(labels, ids, None if threshold is None else threshold.detach().float())
+
+
 def _run(name: str, device: torch.device, *arguments: Any) -> Any:
     """Calls an operator on the operands' device and in its current stream."""
     _extension()
@@ -196,17 +217,16 @@ def _run(name: str, device: torch.device, *arguments: Any) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _term_codes(plan: Plan) -> Tensor:
-    """The plan's terms as int64 [T, 4]: reduce, axis, self test, target test."""
+    """The plan's terms as int64 [T, 7]: reduce, axis, and the tests of the mask in their order."""
     codes = [
         (
             _REDUCE_CODES[term.reduce],
             int(term.axis is Axis.COLUMN),
-            _TEST_CODES[term.mask.self_pair],
-            _TEST_CODES[term.mask.target],
+            *(_TEST_CODES[getattr(term.mask, test.name)] for test in fields(Mask)),
         )
         for term in plan.terms
     ]
-    return torch.tensor(codes, dtype=torch.int64).reshape(-1, 4)
+    return torch.tensor(codes, dtype=torch.int64).reshape(-1, 2 + len(fields(Mask)))
 
 
 @functools.lru_cache(maxsize=1)

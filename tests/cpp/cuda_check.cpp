@@ -35,6 +35,7 @@ struct Case {
   int self_offset;
   float scale;
   Hurt hurt;
+  int label_width = 0;
 };
 
 constexpr PairTerm kLse{Reduce::kLogSumExp, Test::kAbsent, Test::kAbsent};
@@ -57,6 +58,25 @@ constexpr Terms kTargetColumns{2, {kNotTarget, kTargetLogit}};
 constexpr Terms kOnlyLse{1, {kLse}};
 constexpr Terms kNone{0, {}};
 
+constexpr Test kAny = Test::kAbsent, kYes = Test::kRequired, kNo = Test::kForbidden;
+// Reduction, self pair, target, label, id, above.
+constexpr PairTerm kOtherLabels{Reduce::kLogSumExp, kAny, kAny, kNo, kAny, kAny};
+constexpr PairTerm kPositives{Reduce::kLogSumExp, kNo, kAny, kYes, kAny, kAny};
+constexpr PairTerm kSumOfPositives{Reduce::kSum, kNo, kAny, kYes, kAny, kAny};
+constexpr PairTerm kHardestPositive{Reduce::kMax, kNo, kAny, kYes, kNo, kAny};
+constexpr PairTerm kNotAbove{Reduce::kLogSumExp, kNo, kNo, kAny, kNo, kNo};
+constexpr PairTerm kHardestNotAbove{Reduce::kMax, kNo, kNo, kAny, kAny, kNo};
+constexpr PairTerm kSumAbove{Reduce::kSum, kAny, kAny, kNo, kAny, kYes};
+constexpr PairTerm kSameIdAbove{Reduce::kLogSumExp, kAny, kAny, kAny, kYes, kYes};
+constexpr PairTerm kTargetOfLabel{Reduce::kSum, kAny, kYes, kYes, kAny, kAny};
+constexpr PairTerm kAbove{Reduce::kLogSumExp, kAny, kAny, kAny, kAny, kYes};
+
+constexpr Terms kSupCon{4, {kOtherLabels, kPositives, kSumOfPositives, kHardestPositive}};
+constexpr Terms kMargin{4, {kNotAbove, kTargetLogit, kHardestNotAbove, kNegatives}};
+constexpr Terms kTaggedRows{4, {kNotAbove, kSumAbove, kTargetOfLabel, kHardestPositive}};
+constexpr Terms kTaggedColumns{4, {kSameIdAbove, kSumAbove, kOtherLabels, kHardestNotAbove}};
+constexpr Terms kOnlyAbove{1, {kAbove}};
+
 // Tiles are 128 wide: 300 is three of them, which two super-tiles share; depths end within a chunk, a block and a
 // stage.
 constexpr Case kCases[] = {
@@ -72,6 +92,15 @@ constexpr Case kCases[] = {
     {"columns", kNone, kOnlyLse, false, 130, 129, 8, 0, 5.0f, Hurt::kNone},
     {"clip_deep", kClipRows, kClipColumns, false, 270, 260, 330, 3, 20.0f, Hurt::kNone},
     {"nt_xent_deep", kNtXent, kNone, true, 400, 400, 250, 0, 20.0f, Hurt::kNone},
+    {"sup_con", kSupCon, kNone, true, 300, 300, 40, 0, 10.0f, Hurt::kNone, 1},
+    {"sup_con_hurt", kSupCon, kNone, true, 260, 260, 72, 0, 100.0f, Hurt::kRows},
+    {"margin", kMargin, kNone, true, 290, 290, 24, 0, 10.0f, Hurt::kNone},
+    {"margin_hurt", kMargin, kNone, true, 150, 150, 330, 0, 100.0f, Hurt::kRows},
+    {"clip_tags", kTaggedRows, kTaggedColumns, false, 257, 390, 24, 3, 10.0f, Hurt::kNone, 2},
+    {"clip_tags_hurt", kTaggedRows, kTaggedColumns, false, 150, 300, 130, 137, 100.0f, Hurt::kRows},
+    {"columns_hurt", kSupCon, kTaggedColumns, false, 140, 129, 17, 0, 100.0f, Hurt::kColumns},
+    {"columns_above", kNone, kOnlyAbove, false, 130, 129, 8, 0, 5.0f, Hurt::kNone},
+    {"tags_tiny", kTaggedRows, kTaggedColumns, false, 3, 2, 5, 0, 10.0f, Hurt::kNone},
     {"one", kOnlyLse, kOnlyLse, false, 1, 1, 1, 5, 5.0f, Hurt::kNone},
 };
 
@@ -140,6 +169,17 @@ std::vector<Float> poisoned(int64_t size) {
   return std::vector<Float>(size, std::numeric_limits<Float>::quiet_NaN());
 }
 
+// Labels and ids: some are neighbours, some differ in the high half alone, the first is nobody else's.
+std::vector<uint64_t> tags(int count, std::mt19937& generator) {
+  constexpr int64_t kHigh = int64_t{1} << 62, kMiddle = int64_t{1} << 40;
+  constexpr int64_t kValues[] = {-kHigh, 1 - kHigh, -7, -6, 0, kMiddle, kMiddle + 2};
+  std::uniform_int_distribution<int> any(0, 6);
+  std::vector<uint64_t> x(count);
+  for (uint64_t& value : x) value = static_cast<uint64_t>(kValues[any(generator)]);
+  x[0] = uint64_t{1} << 50;
+  return x;
+}
+
 class Check {
  public:
   Check(const Case& c, Format format, emulation::Order order, int most_blocks, uint32_t seed)
@@ -174,17 +214,27 @@ class Check {
         s_[int64_t{i} * c.m + j] = c.scale * sum;
       }
     }
+    row_labels_ = tags(c.n, generator_);
+    row_ids_ = tags(c.n, generator_);
+    row_threshold_ = thresholds(c.n, c.m, true);
+    column_labels_ = c.symmetric ? row_labels_ : tags(c.m, generator_);
+    column_ids_ = c.symmetric ? row_ids_ : tags(c.m, generator_);
+    column_threshold_ = c.symmetric ? row_threshold_ : thresholds(c.m, c.n, false);
   }
 
   template <class Precision, bool kHopper>
   bool run() {
     const Plan plan = make_plan(case_.rows, case_.columns, case_.symmetric);
     const int bytes = Precision::kBytes;
-    const Similarity similarity{{a_.vectors, b_.vectors, case_.depth * bytes},
-                                {case_.n, case_.m, case_.self_offset},
-                                &case_.scale,
-                                &shift_,
-                                plan.uses_target ? target_.data() : nullptr};
+    const Similarity similarity{
+        {a_.vectors, b_.vectors, case_.depth * bytes},
+        {case_.n, case_.m, case_.self_offset},
+        &case_.scale,
+        &shift_,
+        plan.uses_target ? target_.data() : nullptr,
+        tags_tested(case_.rows, row_labels_, row_ids_, row_threshold_),
+        tags_tested(case_.symmetric ? case_.rows : case_.columns, column_labels_, column_ids_, column_threshold_),
+        static_cast<uint64_t>(case_.label_width)};
     const auto launch = [&](auto kernel, int blocks, int threads, size_t shared_bytes, const auto& arguments) {
       emulation::launch(order_, kernel, blocks, threads, shared_bytes, arguments);
     };
@@ -274,11 +324,51 @@ class Check {
 
   double logit(int i, int j) const { return s_[int64_t{i} * case_.m + j]; }
 
-  bool admitted(const PairTerm& term, int i, int j) const {
+  // In the widest gap of the middle half of a row's or column's logits, away from all roundings.
+  std::vector<float> thresholds(int own_count, int other_count, bool of_rows) const {
+    std::vector<float> x(own_count);
+    for (int own = 0; own < own_count; ++own) {
+      std::vector<double> logits(other_count);
+      for (int other = 0; other < other_count; ++other) logits[other] = of_rows ? logit(own, other) : logit(other, own);
+      std::sort(logits.begin(), logits.end());
+      double widest = 0;
+      x[own] = static_cast<float>(logits[0] + 1);
+      for (int k = other_count / 4; k + 1 < other_count - other_count / 4; ++k) {
+        if (logits[k + 1] - logits[k] <= widest) continue;
+        widest = logits[k + 1] - logits[k];
+        x[own] = static_cast<float>((logits[k] + logits[k + 1]) / 2);
+      }
+    }
+    return x;
+  }
+
+  // Labels and ids if any term of the plan tests them, thresholds if one along this side does.
+  Tags tags_tested(const Terms& own, const std::vector<uint64_t>& labels, const std::vector<uint64_t>& ids,
+                   const std::vector<float>& threshold) const {
+    Tags tested{};
+    for (const Terms* terms : {&case_.rows, &case_.columns}) {
+      for (int t = 0; t < terms->count; ++t) {
+        if (terms->at[t].label != Test::kAbsent) tested.labels = labels.data();
+        if (terms->at[t].id != Test::kAbsent) tested.ids = ids.data();
+      }
+    }
+    for (int t = 0; t < own.count; ++t) {
+      if (own.at[t].above != Test::kAbsent) tested.threshold = threshold.data();
+    }
+    return tested;
+  }
+
+  bool admitted(const PairTerm& term, int i, int j, bool along_rows) const {
     const auto passes = [](Test test, bool outcome) {
       return test == Test::kAbsent || (test == Test::kRequired) == outcome;
     };
-    return passes(term.self_pair, i + case_.self_offset == j) && passes(term.target, target_[i] == j);
+    // Exact, whatever the sign and the difference.
+    const int64_t label = row_labels_[i], other = column_labels_[j];
+    const uint64_t apart = label > other ? row_labels_[i] - column_labels_[j] : column_labels_[j] - row_labels_[i];
+    const float threshold = along_rows ? row_threshold_[i] : column_threshold_[j];
+    return passes(term.self_pair, i + case_.self_offset == j) && passes(term.target, target_[i] == j) &&
+           passes(term.label, apart <= static_cast<uint64_t>(case_.label_width)) &&
+           passes(term.id, row_ids_[i] == column_ids_[j]) && passes(term.above, logit(i, j) > threshold);
   }
 
   std::vector<double> judge(const Terms& terms, bool along_rows) {
@@ -291,7 +381,7 @@ class Check {
           for (int other = 0; other < (along_rows ? case_.m : case_.n); ++other) {
             const int i = along_rows ? own : other;
             const int j = along_rows ? other : own;
-            if (!admitted(term, i, j)) continue;
+            if (!admitted(term, i, j, along_rows)) continue;
             if (pass == 0) largest = std::max(largest, logit(i, j));
             if (pass == 1) sum += term.reduce == Reduce::kSum ? logit(i, j) : std::exp(logit(i, j) - largest);
           }
@@ -314,8 +404,8 @@ class Check {
     return x;
   }
 
-  double slope(const PairTerm& term, float value, int i, int j) const {
-    if (!admitted(term, i, j) || term.reduce == Reduce::kMax) return 0;
+  double slope(const PairTerm& term, float value, int i, int j, bool along_rows) const {
+    if (!admitted(term, i, j, along_rows) || term.reduce == Reduce::kMax) return 0;
     if (term.reduce == Reduce::kSum) return 1;
     return value == -INFINITY ? 0 : std::exp(logit(i, j) - value);
   }
@@ -329,11 +419,13 @@ class Check {
         double& weight = w[int64_t{i} * case_.m + j];
         for (int t = 0; t < case_.rows.count; ++t) {
           const PairTerm& term = case_.rows.at[t];
-          weight += row_incoming[t * case_.n + i] * slope(term, row_values[t * case_.n + i], i, j);
-          if (case_.symmetric) weight += row_incoming[t * case_.n + j] * slope(term, row_values[t * case_.n + j], j, i);
+          weight += row_incoming[t * case_.n + i] * slope(term, row_values[t * case_.n + i], i, j, true);
+          if (case_.symmetric)
+            weight += row_incoming[t * case_.n + j] * slope(term, row_values[t * case_.n + j], j, i, true);
         }
         for (int t = 0; t < case_.columns.count; ++t) {
-          weight += column_incoming[t * case_.m + j] * slope(case_.columns.at[t], column_values[t * case_.m + j], i, j);
+          weight += column_incoming[t * case_.m + j] *
+                    slope(case_.columns.at[t], column_values[t * case_.m + j], i, j, false);
         }
       }
     }
@@ -390,6 +482,8 @@ class Check {
   const int most_blocks_;  // of a persistent kernel
   std::mt19937 generator_;
   std::vector<int32_t> target_;
+  std::vector<uint64_t> row_labels_, row_ids_, column_labels_, column_ids_;
+  std::vector<float> row_threshold_, column_threshold_;
   Rows a_;
   Rows b_;
   std::vector<double> s_;

@@ -366,6 +366,7 @@ void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Ele
 }  // namespace emulation
 
 inline int thread_index() { return emulation::block().thread(); }
+inline int thread_index_anew() { return thread_index(); }
 inline int block_index() { return emulation::block().index(); }
 inline unsigned char* shared_memory() { return emulation::block().shared(); }
 inline uint32_t shared_address(const void* shared) {

@@ -1,5 +1,5 @@
 // How many blocks of each kernel an SM holds, by cuda_occupancy.h. Reads lines "capability kernel registers", where a
-// kernel is sweep, redo, weights, combine, hopper_sweep or hopper_weights, and prints lines "blocks
+// kernel is sweep, redo, weights, combine, hopper_sweep or hopper_weights, some with _tagged, and prints lines "blocks
 // shared-memory-per-block".
 #include <cuda_occupancy.h>
 
@@ -44,12 +44,16 @@ Device device(int capability) {
 
 int main() {
   using namespace fastcl::cuda;
-  const std::map<std::string, size_t> shared{{"sweep", sizeof(SweepMemory)},
+  const std::map<std::string, size_t> shared{{"sweep", sizeof(SweepMemory<false>)},
+                                             {"sweep_tagged", sizeof(SweepMemory<true>)},
                                              {"redo", sizeof(RedoMemory)},
-                                             {"weights", sizeof(WeightsMemory)},
+                                             {"weights", sizeof(WeightsMemory<false>)},
+                                             {"weights_tagged", sizeof(WeightsMemory<true>)},
                                              {"combine", 0},
-                                             {"hopper_sweep", sizeof(hopper::SweepMemory)},
-                                             {"hopper_weights", sizeof(hopper::WeightsMemory)}};
+                                             {"hopper_sweep", sizeof(hopper::SweepMemory<false>)},
+                                             {"hopper_sweep_tagged", sizeof(hopper::SweepMemory<true>)},
+                                             {"hopper_weights", sizeof(hopper::WeightsMemory<false>)},
+                                             {"hopper_weights_tagged", sizeof(hopper::WeightsMemory<true>)}};
   int capability, registers;
   std::string kernel;
   while (std::cin >> capability >> kernel >> registers) {
