@@ -8,8 +8,7 @@
 
 namespace fastcl::cpu {
 
-// Of a matrix that is met by one block of rows only, or whose copy would be too large, each task packs what it works
-// on.
+// Of a matrix that few rows meet, or whose copy would be too large, each task packs what it works on.
 class SharedOperands {
  public:
   // Tells the sweep of its columns' panels, and of the slices of rows and columns where these are wanted: of those of
