@@ -6,7 +6,7 @@
 # measures the device's rates of matrix products and of copying, builds the C++ extension in place, runs the tests marked
 # `gpu`, then the cases of the targets and the quick benchmark against every peer that can be imported. Leaves log.txt,
 # rates.json, targets.csv, results.csv and the plots in OUTDIR; the log's end says of each target whether it holds. Needs
-# a torch built for CUDA and pytest; under nine minutes, with --quick (without the case of a million pairs) under four. A
+# a torch built for CUDA and pytest; under ten minutes, with --quick (without the case of a million pairs) under four. A
 # stage that fails doesn't stop the next ones; the exit code says that one did. A target that doesn't hold is no failure.
 #
 #   PYTHON=python3.12     the interpreter to use
@@ -20,9 +20,9 @@ if [[ -z $out || $out == --* ]]; then
 fi
 python=${PYTHON:-python3}
 if [[ ${2:-} == --quick ]]; then
-  quick=(--quick) rates_s=12 build_s=30 wheels_s=8 tests_s=45 cuda_tests_s=12 targets_s=40 bench_s=30
+  quick=(--quick) rates_s=12 build_s=30 wheels_s=8 tests_s=45 cuda_tests_s=12 sanitizer_s=0 targets_s=40 bench_s=30
 else
-  quick=() rates_s=25 build_s=75 wheels_s=20 tests_s=110 cuda_tests_s=40 targets_s=135 bench_s=65
+  quick=() rates_s=25 build_s=75 wheels_s=20 tests_s=110 cuda_tests_s=40 sanitizer_s=25 targets_s=125 bench_s=55
 fi
 
 mkdir -p "$out"
@@ -88,6 +88,12 @@ EOF
   if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
   stage tests "$tests_s" "${pytest[@]}" -k "not cuda" "${workers[@]}" || failed+=(tests)
   stage "tests of cuda" "$cuda_tests_s" "${pytest[@]}" -k cuda || failed+=("tests of cuda")
+  if ((sanitizer_s)) && command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck initcheck; do
+      stage "$tool" "$sanitizer_s" compute-sanitizer --tool "$tool" --kernel-regex kns=fastcl --error-exitcode 1 \
+        "${pytest[@]}" -k "cuda and 33x17 and bfloat16 and (nt_xent or clip)" || failed+=("$tool")
+    done
+  fi
 
   # The limits are the runner's own: it ends in time to write what it has.
   stage "benchmark of the targets" "$targets_s" "$python" -m benchmarks --suite targets "${quick[@]}" --device cuda \
