@@ -217,7 +217,8 @@ def multi_positive_loss(
         rest = count.clamp_min(1).to(mean.dtype).log() if inside else of_positives - mean
         loss = F.softplus(of_negatives - of_positives, threshold=40.0) + rest
         if label_smoothing:
-            loss = loss + smoothing_share(label_smoothing, mean, others.pop(0), _negatives(run, pairs, axis), count)
+            of_all_negatives, *others = others
+            loss = loss + smoothing_share(label_smoothing, mean, of_all_negatives, _negatives(run, pairs, axis), count)
         losses.append(loss.where(has_positive, loss.new_zeros(())))
         means.append(mean)
         hardest += others[:1]
