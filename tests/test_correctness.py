@@ -73,8 +73,9 @@ def compare(loss: Loss, dtype: torch.dtype, tau: float, got: Computed, exact: Co
         # The roundings of several sweeps add up.
         error, budget = relative_error(x, y), relative_error(z, y) + loss.sweeps * TOLERANCE[dtype]
         if name == "temperature":
-            # One number, in which most of the sum cancels: a single draw of rounding noise, not the norm of many.
-            budget *= 4
+            # One number, in which most of the sum cancels: a single draw of rounding noise, not the norm of many. Where
+            # little is left of terms of order 1 / tau^2, it is their last bit.
+            budget = 4 * budget + torch.finfo(torch.float32).eps / tau**2 / float(y.double().norm())
             if loss.temperature_cancels:
                 # A small rest of terms of order 1 / tau^2, in the temperature's float32 whatever the features are.
                 budget += 2.4e-7 + floor / 4 / float(y.double().norm())
