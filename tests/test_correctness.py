@@ -75,7 +75,8 @@ def compare(loss: Loss, dtype: torch.dtype, tau: float, got: Computed, exact: Co
         if name == "temperature":
             # One number, in which most of the sum cancels: a single draw of rounding noise, not the norm of many. Where
             # little is left of terms of order 1 / tau^2, it is their last bit.
-            budget = 4 * budget + torch.finfo(torch.float32).eps / tau**2 / float(y.double().norm())
+            last_bit = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps / tau**2
+            budget = 4 * budget + last_bit / float(y.double().norm())
             if loss.temperature_cancels:
                 # A small rest of terms of order 1 / tau^2, in the temperature's float32 whatever the features are.
                 budget += 2.4e-7 + floor / 4 / float(y.double().norm())
