@@ -90,8 +90,11 @@ EOF
   stage "tests of cuda" "$cuda_tests_s" "${pytest[@]}" -k cuda || failed+=("tests of cuda")
   if ((sanitizer_s)) && command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck initcheck; do
-      stage "$tool" "$sanitizer_s" compute-sanitizer --tool "$tool" --kernel-regex kns=fastcl --error-exitcode 1 \
-        "${pytest[@]}" -k "cuda and 33x17 and bfloat16 and (nt_xent or clip)" || failed+=("$tool")
+      # What initcheck doesn't watch counts as never written.
+      local watched=(--kernel-regex kns=fastcl)
+      if [[ $tool == initcheck ]]; then watched=(); fi
+      stage "$tool" "$sanitizer_s" compute-sanitizer --tool "$tool" "${watched[@]}" --error-exitcode 1 \
+        "${pytest[@]}" -k "cuda and bfloat16 and (nt_xent-33x17 or clip-33x17)" || failed+=("$tool")
     done
   fi
 

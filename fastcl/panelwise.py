@@ -40,17 +40,7 @@ def panel_sum(
     b: Tensor | None,
     *,
     weights: Tensor | None = None,
-    scale: float | Tensor = 1.0,
-    bias: float | Tensor = 0.0,
-    row_params: Tensor | None = None,
-    column_params: Tensor | None = None,
-    tags: Tags = NO_TAGS,
-    key_tags: Tags = NO_TAGS,
-    numbers: Sequence[float] = (),
-    guide: Sequence[Tensor] = (),
-    group: ProcessGroup | None = None,
-    call: str = "loss=panels",
-    backend: str | None = None,
+    **operands: object,
 ) -> tuple[Tensor, ...]:
     """The sums over the rows of what ``function`` makes of each; only the first is differentiable.
 
@@ -74,22 +64,7 @@ def panel_sum(
     Complexity: with P = N * M * D multiply-adds, 3 P for value and gradients, 1 P without; O(N + M) memory beyond
     gradients in the accumulation dtype, and a panel.
     """
-    operands = _operands(
-        function,
-        a,
-        b,
-        scale=scale,
-        bias=bias,
-        row_params=row_params,
-        column_params=column_params,
-        tags=tags,
-        key_tags=key_tags,
-        numbers=numbers,
-        guide=guide,
-        group=group,
-        call=call,
-        backend=backend,
-    )
+    operands = _operands(function, a, b, **operands)
     recorded = torch.is_grad_enabled()
     needs = "".join("01"[recorded and x is not None and x.requires_grad] for x in operands[:6])
     first, others, *_ = torch.ops.fastcl.panel_sum(*operands, weights, needs)

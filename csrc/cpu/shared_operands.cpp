@@ -1,7 +1,5 @@
 #include "shared_operands.h"
 
-#include "schedule.h"
-
 namespace fastcl::cpu {
 namespace {
 
@@ -25,7 +23,7 @@ SharedOperands::Buffer SharedOperands::allocate(int64_t floats) {
 SharedOperands::SharedOperands(const Workers& workers, Sweep& sweep, bool row_slices, bool column_slices) {
   const Level& level = selected();
   const auto pack = [&](const Matrix& matrix, const PackedSizes& sizes, float* panels, float* slices) {
-    worth(workers, sweep).parallel_for((matrix.rows + kTileUnit - 1) / kTileUnit, [&](int64_t unit) {
+    workers.parallel_for((matrix.rows + kTileUnit - 1) / kTileUnit, [&](int64_t unit) {
       const Buffer scratch = allocate(sizes.scratch);
       level.pack(matrix, unit * kTileUnit, panels, slices, scratch.get());
     });
