@@ -107,11 +107,11 @@ class KernelBench:
         given = self._operands(job, PLANS[""])
         bias = torch.tensor(-10.0, device=self.device)
         operands = PanelOperands(given.a, given.b, given.scale, bias, None, None, None, NO_TAGS, NO_TAGS)
-        incoming = torch.full((self.rows,), 1.0 / self.rows, device=self.device)
-        needs = PanelNeeds(a=True, b=True, scale=True, bias=True, columns=False)
+        incoming = torch.full((1, self.rows), 1.0 / self.rows, device=self.device)
+        needs = PanelNeeds(a=True, b=True, scale=True, bias=True, row_params=False, column_params=False)
 
         def step() -> tuple[Tensor, ...]:
-            found = triton.PANEL_KERNELS["sigmoid"](operands, incoming, needs)
+            found = triton.PANEL_KERNELS["sigmoid"](operands, incoming, None, needs)
             return tuple(gradient for gradient in found if gradient is not None)
 
         return step

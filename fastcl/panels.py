@@ -74,8 +74,7 @@ slope is written by hand; it shares what the value needed, and gradcheck compare
 def panel_function(outputs: int, kernel: str | None = None) -> Callable[[PanelFunction], PanelFunction]:
     """Marks a function of a :class:`Panel` that makes so many numbers of each row.
 
-    ``kernel`` names its compiled equivalent in the backends' ``PANEL_KERNELS``; it then has one output, and no gradient
-    with respect to parameters of the rows.
+    ``kernel`` names its compiled equivalent in the backends' ``PANEL_KERNELS``.
     """
 
     def mark(function: PanelFunction) -> PanelFunction:
@@ -96,7 +95,7 @@ def values(function: PanelFunction, x: PanelOperands, backend: str | None) -> Te
     """What the function makes of all rows, [outputs, N]."""
     chosen, kernel = engine.select_panels(function.kernel, x, backend)
     if kernel is not None and 0 not in x.shape:
-        return kernel(x, None, NO_GRADIENTS).rows[None]
+        return kernel(x, None, None, NO_GRADIENTS).values
     nothing = x.scale.new_empty(function.outputs, 0)
     panels = _panels(x, whole=chosen == "dense")
     return torch.cat([nothing, *(torch.stack(function(panel)[0]) for _, panel in panels)], dim=1)
@@ -109,15 +108,16 @@ def sweep(
     incoming: Tensor | None,
     needs: Sequence[bool],
     backend: str | None,
+    found: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The sums of the outputs, and the gradients of a, b, scale, bias, row_params and column_params.
 
     The gradients are those of the outputs times ``incoming`` [outputs, N], or of the first output times ``weights``;
-    with ``incoming`` the sums mean nothing.
+    with ``incoming`` the sums mean nothing, and ``found`` may hold the outputs of an earlier sweep.
     """
     chosen, kernel = engine.select_panels(function.kernel, x, backend)
     if kernel is not None and 0 not in x.shape:
-        return _sweep_by(kernel, x, weights, incoming, needs)
+        return _sweep_by(kernel, x, weights, incoming, needs, found, function.outputs)
     dtype = accumulation_dtype(x.a.dtype)
     needs_a, needs_b, needs_scale, needs_bias, needs_rows, needs_columns = needs
     symmetric = x.b is None
@@ -169,24 +169,31 @@ def sweep(
 
 
 def _sweep_by(
-    kernel: PanelKernel, x: PanelOperands, weights: Tensor | None, incoming: Tensor | None, needs: Sequence[bool]
+    kernel: PanelKernel,
+    x: PanelOperands,
+    weights: Tensor | None,
+    incoming: Tensor | None,
+    needs: Sequence[bool],
+    found: Tensor | None,
+    outputs: int,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The same by a backend's kernel, which knows two operands; both may be one."""
-    needs_a, needs_b, needs_scale, needs_bias, _, needs_columns = needs
-    wanted = PanelNeeds(
-        needs_a, needs_a if x.b is None else needs_b, needs_scale, needs_bias, needs_columns, incoming is None
-    )
+    needs_a, needs_b, *others = needs
+    wanted = PanelNeeds(needs_a, needs_a if x.b is None else needs_b, *others, values=incoming is None)
     if incoming is None:
-        factors = x.scale.new_ones(len(x.a)) if weights is None else weights.to(x.scale.dtype)
-        found = kernel(x, factors, wanted)
-        sums = (found.rows if weights is None else found.rows * factors).sum()
+        factors = x.scale.new_zeros(outputs, len(x.a))
+        factors[0] = 1.0 if weights is None else weights
+        made = kernel(x, factors, None, wanted)
+        sums = made.values.sum(dim=1)
+        if weights is not None:
+            sums[0] = made.values[0] @ factors[0]
     else:
-        found = kernel(x, incoming[0], wanted)
-        sums = x.scale.new_zeros(())
-    gradients = list(found[:4])
+        made = kernel(x, incoming, found, wanted)
+        sums = x.scale.new_zeros(outputs)
+    gradients = list(made[:6])
     if x.b is None and needs_a:
-        gradients[:2] = found.a + found.b, None
-    return sums[None], [*gradients, None, None if found.columns is None else found.columns[None]]
+        gradients[:2] = made.a + made.b, None
+    return sums, gradients
 
 
 def _panels(x: PanelOperands, whole: bool) -> Iterator[tuple[slice, Panel]]:

@@ -220,13 +220,14 @@ def _gradient(
     guide: Sequence[Tensor],
     function: str,
     backend: str | None,
+    values: Tensor,
     incoming: Tensor,
     needs: str,
 ) -> SixTensors:
     x = PanelOperands(a, b, scale, bias, row_params, column_params, row0, *split_tags(tags), numbers, guide)
     with engine.plain_arithmetic(a.device):
         wanted = [need == "1" for need in needs]
-        _, gradients = panels.sweep(panels.resolve(function), x, None, incoming, wanted, backend)
+        _, gradients = panels.sweep(panels.resolve(function), x, None, incoming, wanted, backend, values)
     inputs = (a, b, scale, bias, row_params, column_params)
     return tuple(
         scale.new_empty(0) if gradient is None else gradient.to(x.dtype)
@@ -235,7 +236,9 @@ def _gradient(
 
 
 @_gradient.register_fake
-def _(a, b, scale, bias, row_params, column_params, row0, tags, numbers, guide, function, backend, incoming, needs):
+def _(
+    a, b, scale, bias, row_params, column_params, row0, tags, numbers, guide, function, backend, values, incoming, needs
+):
     inputs = (a, b, scale, bias, row_params, column_params)
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need == "1" else scale.new_empty(0)
@@ -245,19 +248,19 @@ def _(a, b, scale, bias, row_params, column_params, row0, tags, numbers, guide, 
 
 def _save_operands(ctx, inputs, output) -> None:
     *tensors, row0, tags, numbers, guide, function, backend = inputs
-    ctx.save_for_backward(*tensors, row0, *tags, *guide)
+    ctx.save_for_backward(*tensors, row0, output, *tags, *guide)
     ctx.constants = len(tags), list(numbers), function, backend
     ctx.lists = _no_gradient_of_lists(numbers, guide)
 
 
 def _rows_backward(ctx, incoming: Tensor):
     tag_count, numbers, function, backend = ctx.constants
-    tensors, row0, rest = ctx.saved_tensors[:6], ctx.saved_tensors[6], ctx.saved_tensors[7:]
+    tensors, (row0, values), rest = ctx.saved_tensors[:6], ctx.saved_tensors[6:8], ctx.saved_tensors[8:]
     tags, guide = list(rest[:tag_count]), list(rest[tag_count:])
     needs = ctx.needs_input_grad[:6]
     wanted = "".join("01"[need] for need in needs)
     gradients = torch.ops.fastcl.panel_gradient(
-        *tensors, row0, tags, numbers, guide, function, backend, incoming, wanted
+        *tensors, row0, tags, numbers, guide, function, backend, values, incoming, wanted
     )
     results = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
     return (*results, None, None, *ctx.lists, None, None)

@@ -305,14 +305,15 @@ class PanelOperands:
 
 
 class PanelNeeds(NamedTuple):
-    """What is wanted of a kernel that stands for a panel function; ``rows`` are the function's values."""
+    """What is wanted of a kernel that stands for a panel function: its values, and gradients of its operands."""
 
     a: bool
     b: bool
     scale: bool
     bias: bool
-    columns: bool
-    rows: bool = True
+    row_params: bool
+    column_params: bool
+    values: bool = True
 
     @property
     def product_a(self) -> bool:
@@ -320,21 +321,19 @@ class PanelNeeds(NamedTuple):
         return self.a or (self.scale and not self.b)
 
 
-NO_GRADIENTS = PanelNeeds(False, False, False, False, False)
+NO_GRADIENTS = PanelNeeds(False, False, False, False, False, False)
 
 
 class PanelGradients(NamedTuple):
-    """What such a kernel yields in the accumulation dtype, None where nobody asked.
-
-    ``columns`` is the gradient of the first of ``column_params``, ``rows`` the function's value for each row.
-    """
+    """What such a kernel yields in the accumulation dtype, None where nobody asked; ``values`` are [outputs, N]."""
 
     a: Tensor | None
     b: Tensor | None
     scale: Tensor | None
     bias: Tensor | None
-    columns: Tensor | None
-    rows: Tensor | None
+    row_params: Tensor | None
+    column_params: Tensor | None
+    values: Tensor | None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -550,13 +550,14 @@ LOSSES = (
     ),
     *(
         _labelled(f"triplet_{mining}", fastcl.triplet_loss, triplet_reference, _ONE_SWEEP, mining=mining, margin=0.3)
-        for mining in ("all", "semihard", "hard")
+        for mining in ("all", "semihard")
     ),
+    _labelled("triplet_hard", fastcl.triplet_loss, triplet_reference, _UNEVEN, mining="hard", margin=0.3),
     _labelled(
         "triplet_smooth",
         fastcl.triplet_loss,
         triplet_reference,
-        _ONE_SWEEP,
+        _UNEVEN,
         mining="hard",
         smooth_loss=True,
         distance="cosine",

@@ -24,8 +24,12 @@ from fastcl.terms import (
     Statistics,
 )
 
-PanelKernel = Callable[[PanelOperands, Tensor | None, PanelNeeds], PanelGradients]
-"""A panel function compiled: its value for each row of S, and the gradients of these values times a vector [N]."""
+PanelKernel = Callable[[PanelOperands, Tensor | None, Tensor | None, PanelNeeds], PanelGradients]
+"""A panel function compiled: its values for each row of S, and the gradients of these values times a constant.
+
+The constant is the second argument, [outputs, N], or None where no gradient is wanted. The third is the values where an
+earlier sweep has found them, or None.
+"""
 
 
 class Backend(Protocol):

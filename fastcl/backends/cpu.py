@@ -131,7 +131,7 @@ def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Nee
     )
 
 
-def sigmoid(x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> PanelGradients:
+def sigmoid(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, needs: PanelNeeds) -> PanelGradients:
     """The panel function of :mod:`fastcl.losses.sigmoid`."""
     _extension()
     n, m = x.shape
@@ -141,22 +141,23 @@ def sigmoid(x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> Pan
         x.scale.item(),
         _vector(x.bias.expand(m) if x.column_params is None else x.bias - x.column_params[0]),
         x.scale.new_ones(n) if x.row_params is None else _vector(x.row_params[0]),
-        _vector(incoming),
+        None if incoming is None else _vector(incoming[0]),
         _packed((x.tags, x.key_tags)),
         0 if x.row0 is None else int(x.row0),
         needs.a,
         needs.b,
         needs.scale,
-        needs.columns,
-        needs.rows,
+        needs.column_params,
+        needs.values,
     )
     return PanelGradients(
         a if needs.a else None,
         b if needs.b else None,
         scale if needs.scale else None,
         bias if needs.bias else None,
-        shifts.neg_() if needs.columns else None,
-        rows if needs.rows else None,
+        None,
+        shifts.neg_()[None] if needs.column_params else None,
+        rows[None] if needs.values else None,
     )
 
 

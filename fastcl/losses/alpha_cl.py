@@ -155,7 +155,7 @@ class _Distances:
         return (total * self.to_positive[:, 0] - (alpha * self.squared).sum(dim=1),), pull_back
 
 
-@panel_function(outputs=1)
+@panel_function(outputs=1, kernel="energy_softmax")
 def softmax_rows(panel: Panel):
     """The energy under InfoNCE's importance."""
     pairs, (tau, _) = _Distances(panel), panel.numbers
@@ -164,7 +164,7 @@ def softmax_rows(panel: Panel):
     return pairs.energy((logits - everything).exp_())
 
 
-@panel_function(outputs=1)
+@panel_function(outputs=1, kernel="energy_uniform")
 def uniform_rows(panel: Panel):
     """The energy under an importance that is the same for all negatives."""
     pairs = _Distances(panel)
@@ -172,7 +172,7 @@ def uniform_rows(panel: Panel):
     return pairs.energy(alpha / alpha.sum(dim=1, keepdim=True).clamp_min(1))
 
 
-@panel_function(outputs=1)
+@panel_function(outputs=1, kernel="energy_power")
 def power_rows(panel: Panel):
     """The energy under an importance that falls with a power of the distance."""
     pairs, (tau, power) = _Distances(panel), panel.numbers
@@ -180,7 +180,7 @@ def power_rows(panel: Panel):
     return pairs.energy(logits.softmax(dim=1).masked_fill_(~pairs.negative, 0.0))
 
 
-@panel_function(outputs=2)
+@panel_function(outputs=2, kernel="nearest")
 def distances_of_rows(panel: Panel):
     """The halved squared distances of the positive and of the nearest negative, infinite where there is none."""
     pairs = _Distances(panel)

@@ -22,7 +22,7 @@ from fastcl.losses.distances import (
 from fastcl.panels import Outputs, Panel, Slopes, panel_function
 
 
-@panel_function(outputs=4)
+@panel_function(outputs=4, kernel="contrastive")
 def contrastive_rows(panel: Panel):
     """Of each row, the hinges of its positives, how many are active, and the same of its negatives."""
     pos_margin, neg_margin = panel.numbers

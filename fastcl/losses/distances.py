@@ -153,7 +153,7 @@ def average_of_rows(run: Run, rows: LabelledRows, sums: Sequence[Tensor], counts
     return run.reduce(loss, rows.weight)
 
 
-@panel_function(outputs=4)
+@panel_function(outputs=4, kernel="similarities")
 def similarities(panel: Panel):
     """Of each row the largest similarity of a positive and of a negative, the positives' sum, and their number.
 

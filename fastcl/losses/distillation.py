@@ -16,7 +16,7 @@ from fastcl.panels import Outputs, Panel, Slopes, panel_function
 from fastcl.terms import Tags, accumulation_dtype
 
 
-@panel_function(outputs=1)
+@panel_function(outputs=1, kernel="soft_targets")
 def soft_target_rows(panel: Panel):
     """The cross entropy of each row's softmax with the guide's as target; duplicates are candidates of neither."""
     guide, logits = panel.guide, panel.s

@@ -23,7 +23,7 @@ from fastcl.panels import Outputs, Panel, Slopes, panel_function
 from fastcl.panelwise import panel_rows
 
 
-@panel_function(outputs=1)
+@panel_function(outputs=1, kernel="negatives")
 def lse_of_negatives(panel: Panel):
     """Of each row, the log-sum-exp of a margin minus its negatives' distances; -inf without negatives."""
     (neg_margin,) = panel.numbers
@@ -39,7 +39,7 @@ def lse_of_negatives(panel: Panel):
     return (lse,), pull_back
 
 
-@panel_function(outputs=2)
+@panel_function(outputs=2, kernel="lifted")
 def positive_pairs(panel: Panel):
     """Of each row, half the squared hinges of its positive pairs, and how many pairs there are.
 

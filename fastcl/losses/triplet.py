@@ -5,6 +5,8 @@ May import :mod:`fastcl.losses.common`, :mod:`fastcl.losses.distances` and the p
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -28,7 +30,7 @@ from fastcl.panelwise import panel_rows
 MINING = ("all", "semihard", "hard")
 
 
-@panel_function(outputs=2)
+@panel_function(outputs=2, kernel="triplets")
 def all_triplets(panel: Panel):
     """Of each row as the anchor, the hinges of all its triplets, and how many are active.
 
@@ -67,44 +69,19 @@ def all_triplets(panel: Panel):
     return (total.to(distance.dtype), count.sum(dim=1).to(distance.dtype)), pull_back
 
 
-@panel_function(outputs=2)
-def hardest_triplet(panel: Panel):
-    """Of each row as the anchor, the hinge of its farthest positive and nearest negative, and whether it is active.
-
-    A second number that isn't 0 makes a softplus of the hinge.
-    """
-    margin, smooth = panel.numbers
-    distance, slopes = distances(panel)
-    farthest, nearest, complete = _mine(panel, distance)
-    violation = (farthest.values - nearest.values + margin).masked_fill(~complete, -torch.inf)
-    loss = F.softplus(violation, threshold=40.0) if smooth else violation.relu()
-
-    def pull_back(incoming: Outputs) -> Slopes:
-        slope = (violation.sigmoid() if smooth else (violation > 0).to(violation.dtype)) * incoming[0]
-        gradient = torch.zeros_like(distance).scatter_(1, farthest.indices[:, None], slope[:, None])
-        return slopes(gradient.scatter_add_(1, nearest.indices[:, None], -slope[:, None]))
-
-    return (loss, (loss > 0).to(loss.dtype)), pull_back
-
-
-@panel_function(outputs=2)
+@panel_function(outputs=2, kernel="hardest")
 def hardest_rows(panel: Panel):
-    """Of each row the columns of its farthest positive and nearest negative, -1 where one is missing.
+    """Of each row the columns of its farthest positive and nearest negative, -1 for both where one is missing.
 
     As numbers of the accumulation dtype, in which those of 2^24 rows are exact.
     """
     distance, _ = distances(panel)
-    farthest, nearest, complete = _mine(panel, distance)
-    columns = (x.indices.where(complete, -1).to(distance.dtype) for x in (farthest, nearest))
-    return tuple(columns), lambda incoming: Slopes(torch.zeros_like(panel.s))
-
-
-def _mine(panel: Panel, distance: Tensor) -> tuple[torch.return_types.max, torch.return_types.min, Tensor]:
-    """Of each row the farthest positive, the nearest negative, and whether it has both."""
     positive, negative = positives_and_negatives(panel)
     farthest = distance.masked_fill(~positive, -torch.inf).max(dim=1)
     nearest = distance.masked_fill(~negative, torch.inf).min(dim=1)
-    return farthest, nearest, (farthest.values > -torch.inf) & (nearest.values < torch.inf)
+    complete = (farthest.values > -torch.inf) & (nearest.values < torch.inf)
+    columns = (x.indices.where(complete, -1).to(distance.dtype) for x in (farthest, nearest))
+    return tuple(columns), lambda incoming: Slopes(torch.zeros_like(panel.s))
 
 
 def triplet_loss(
@@ -167,9 +144,9 @@ def triplet_loss(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
-    Complexity: 3 * N^2 * D multiply-adds for value and gradient (4 for "none"), N^2 * D more for ``return_stats``, and
-    O(N^2 log N) to sort each row once for "all" and "semihard", whatever the number of triplets; O(N) memory beyond
-    features and gradients. With ``swap`` N^2 * D multiply-adds to mine, and O(N * D) for the triplets that were mined.
+    Complexity: for "hard" N^2 * D multiply-adds to mine, and O(N * D) time and memory for the triplets that were mined;
+    else 3 * N^2 * D multiply-adds for value and gradient (4 for "none"), O(N^2 log N) to sort each row once, whatever
+    the number of triplets, and O(N) memory beyond features and gradients. N^2 * D more for ``return_stats``.
 
     Source: Schroff, Kalenichenko and Philbin, FaceNet, 2015 (arXiv:1503.03832); Hermans, Beyer and Leibe, In Defense of
     the Triplet Loss, 2017 (arXiv:1703.07737); anchor swap: Balntas et al., Learning local feature descriptors with
@@ -199,16 +176,14 @@ def triplet_loss(
     run = Run.checked(
         reduction, backend, group, "auto", loss="triplet_loss", mining=mining, swap=swap, return_stats=return_stats
     )
-    if swap:
-        loss = _swapped(run, rows, margin, smooth_loss)
-    elif mining == "hard":
-        loss = average(run, hardest_triplet, rows, (margin, float(smooth_loss)))
+    if mining == "hard":
+        loss = _hardest(run, rows, margin, swap, smooth_loss)
     else:
         loss = average(run, all_triplets, rows, (margin, float(mining == "semihard")))
     return (loss, stats_of_rows(run, rows)) if return_stats else loss
 
 
-def _swapped(run: Run, rows: LabelledRows, margin: float, smooth_loss: bool) -> Tensor:
+def _hardest(run: Run, rows: LabelledRows, margin: float, swap: bool, smooth_loss: bool) -> Tensor:
     """The loss of the hardest triplets, of which only their columns come from a sweep."""
     with torch.no_grad():
         operands = rows.operands(()) | {"group": run.group, "call": run.call, "backend": run.backend}
@@ -216,12 +191,11 @@ def _swapped(run: Run, rows: LabelledRows, margin: float, smooth_loss: bool) -> 
     complete = found[0] >= 0
     everything = run.gather(rows.z)
     positive, negative = (everything[column.clamp_min(0).long()] for column in found)
-    euclidean = rows.squares is not None
-    of_positive, of_negative, between = (
-        distance_of_rows(x, y, euclidean=euclidean)
-        for x, y in ((rows.z, positive), (rows.z, negative), (positive, negative))
-    )
-    violation = of_positive - torch.minimum(of_negative, between) + margin
+    to = functools.partial(distance_of_rows, euclidean=rows.squares is not None)
+    to_negative = to(rows.z, negative)
+    if swap:
+        to_negative = torch.minimum(to_negative, to(positive, negative))
+    violation = to(rows.z, positive) - to_negative + margin
     loss = F.softplus(violation, threshold=40.0) if smooth_loss else violation.relu()
     loss = loss.where(complete, 0.0)
     return average_of_rows(run, rows, [loss], [(loss > 0).to(loss.dtype)])

@@ -129,7 +129,7 @@ def cross_entropy(plan: Plan, operands: Operands, head: CrossEntropy, needs: Nee
     return LossAndGradients(found.losses.sum(), found.statistics, Gradients(a, b, slope), found.positive)
 
 
-def _sigmoid(x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> PanelGradients:
+def _sigmoid(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, needs: PanelNeeds) -> PanelGradients:
     from fastcl.backends.triton import sigmoid
 
     return sigmoid.value_and_gradients(x, incoming, needs)

@@ -40,8 +40,8 @@ def value_and_gradients(x: PanelOperands, incoming: Tensor | None, needs: PanelN
                 sweep.run(panel, None)
         operands = Operands(sweep.a, sweep.b, x.scale)
         gradients = finish(Plan(()), operands, products, Needs(needs.a, needs.b, needs.scale), x.scale.dtype)
-    columns = None if sweep.columns is None else sweep.columns.neg_()
-    return PanelGradients(*gradients, sweep.bias, columns, sweep.costs)
+    columns = None if sweep.columns is None else sweep.columns.neg_()[None]
+    return PanelGradients(*gradients, sweep.bias, None, columns, None if sweep.costs is None else sweep.costs[None])
 
 
 class _Sweep:
@@ -49,7 +49,7 @@ class _Sweep:
 
     def __init__(self, x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> None:
         self.a, self.b = launch.unit_stride(x.a), launch.unit_stride(x.keys)
-        self.x, self.incoming = x, launch.vector(incoming)
+        self.x, self.incoming = x, None if incoming is None else launch.vector(incoming[0])
         self.factors, self.offsets = (
             None if params is None else launch.vector(params[0]) for params in (x.row_params, x.column_params)
         )
@@ -64,8 +64,8 @@ class _Sweep:
                 bound = bound * self.factors.abs().amax().clamp_min(1.0)
             self.multiplier = panels.lifting_power(bound)
         n, m = x.shape
-        self.costs = x.scale.new_empty(n) if needs.rows else None
-        self.columns = x.scale.new_empty(m) if needs.columns else None
+        self.costs = x.scale.new_empty(n) if needs.values else None
+        self.columns = x.scale.new_empty(m) if needs.column_params else None
         self.bias = x.scale.new_zeros(()) if needs.bias else None
 
     def bare_panels(self) -> list[Panel]:
