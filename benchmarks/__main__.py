@@ -1,8 +1,8 @@
 """The command: ``python -m benchmarks`` measures the losses. Its other words do something else:
 
-gradcache measures a training step in chunks, status brings the README's and the GPU page's tables up to date, rates
-measures plain products and copies, roofline predicts from a cost model, targets judges the rows of a run, tune looks
-for the Triton kernels' block sizes.
+fastest notes in fastcl/tuning which backend a run found to be faster, gradcache measures a training step in chunks,
+status brings the README's and the GPU page's tables up to date, rates measures plain products and copies, roofline
+predicts from a cost model, targets judges the rows of a run, tune looks for the Triton kernels' block sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gradcache, peak_table, plots, predictions, rates, status, targets, tune
+from benchmarks import fastest, gradcache, peak_table, plots, predictions, rates, status, targets, tune
 from benchmarks.cases import SUITES, Case, suite
 from benchmarks.environment import device_slug, git_commit
 from benchmarks.measure import GemmRate
@@ -26,6 +26,7 @@ from benchmarks.runner import Limits, Runner
 ROOT = Path(__file__).resolve().parent
 _SUITE_HELP = "comma-separated, default usual. " + "; ".join(f"{name}: {what}" for name, what in SUITES.items())
 COMMANDS = {
+    "fastest": fastest.main,
     "gradcache": gradcache.main,
     "status": status.main,
     "rates": rates.main,

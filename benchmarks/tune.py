@@ -224,7 +224,9 @@ def formatted(content: Mapping[str, Any]) -> str:
     """JSON as the tables have it: an entry to a line."""
     lines = ["{"]
     for key, value in content.items():
-        if key != "kernels":
+        if key == "backends":
+            lines.append('  "backends": [\n    ' + ",\n    ".join(json.dumps(entry) for entry in value) + "\n  ],")
+        elif key != "kernels":
             lines.append(f"  {json.dumps(key)}: {json.dumps(value)},")
     kernels = []
     for kernel, precisions in content["kernels"].items():
@@ -251,12 +253,17 @@ def table_file(folder: Path, capability: tuple[int, int], device: str, shared: i
 def write_table(
     folder: Path, capability: tuple[int, int], device: str, shared: int, found: Mapping[Job, Found | None]
 ) -> Path:
-    """Merges what was found into the device's file, as one step that an interruption can't leave half done."""
+    """Merges what was found into the device's file."""
     path, content = table_file(folder, capability, device, shared)
-    scratch = path.with_suffix(".new")
-    scratch.write_text(formatted(merged(content, found)))
-    scratch.replace(path)
+    replace(path, merged(content, found))
     return path
+
+
+def replace(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a table, as one step that an interruption can't leave half done."""
+    scratch = path.with_suffix(".new")
+    scratch.write_text(formatted(content))
+    scratch.replace(path)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
 """Selects a backend and runs a plan on it: raw statistics and raw gradients, below autograd.
 
-May import :mod:`fastcl.terms` and :mod:`fastcl.backends`.
+May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and :mod:`fastcl.backends`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from fastcl import tuning
 from fastcl.backends import Backend, PanelKernel, cpu, cuda, dense, softmax, tiled, triton
 from fastcl.terms import (
     CrossEntropy,
@@ -34,7 +35,7 @@ BACKENDS: dict[str, Backend] = {"cuda": cuda, "triton": triton, "cpu": cpu, "til
 """Every backend by name."""
 
 _AUTOMATIC = {"cpu": ("cpu", "tiled")}
-# "cuda" only where it is asked for: it was not run on a GPU yet
+# "cuda" only where it is asked for, or where the device's table says that it was measured to be the faster one
 _AUTOMATIC_ELSEWHERE = ("triton", "tiled")
 _ENGINE_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 _RUN_PANELS = ("tiled", "dense")
@@ -64,7 +65,25 @@ def select(plan: Plan, operands: Operands, name: str | None = None) -> str:
         operands.a,
         name,
         lambda: f"plan: {plan.encode()}",
+        _measured(plan, operands, torch.cuda.get_device_capability(operands.a.device)) if operands.a.is_cuda else None,
     )
+
+
+def kind(plan: Plan) -> str | None:
+    """What tables of measured backends call a plan; None if its masks test tags, as nothing was measured with these."""
+    if not plan.names_pairs:
+        return None
+    return "symmetric" if plan.symmetric else "both" if plan.columns else "rows"
+
+
+def _measured(plan: Plan, operands: Operands, capability: tuple[int, int]) -> str | None:
+    """The backend that this device's table names for calls like this one, or None."""
+    if (kind_of_plan := kind(plan)) is None:
+        return None
+    exact = torch.get_float32_matmul_precision() == "highest"
+    precision = tuning.precision_class(operands.a.dtype, "ieee" if exact else "tf32")
+    n, m = operands.shape
+    return tuning.fastest_backend(kind_of_plan, precision, capability, n=n, m=m, d=operands.a.shape[1])
 
 
 def select_panels(
@@ -95,10 +114,17 @@ def refuses_panels(backend: str, kernel: str | None) -> str | None:
     )
 
 
-def _select(reason: Callable[[str], str | None], a: Tensor, name: str | None, what: Callable[[], str]) -> str:
+def _select(
+    reason: Callable[[str], str | None],
+    a: Tensor,
+    name: str | None,
+    what: Callable[[], str],
+    preferred: str | None = None,
+) -> str:
     insisted = name or os.environ.get("FASTCL_BACKEND")
     if not insisted:
-        candidates = _AUTOMATIC.get(a.device.type, _AUTOMATIC_ELSEWHERE)
+        automatic = _AUTOMATIC.get(a.device.type, _AUTOMATIC_ELSEWHERE)
+        candidates = automatic if preferred is None else (preferred, *automatic)
         chosen = next(candidate for candidate in candidates if reason(candidate) is None)
         engine = _ENGINE_OF_DEVICE.get(a.device.type)
         if chosen == "tiled" and engine and reason(engine) == BACKENDS[engine].unavailable():

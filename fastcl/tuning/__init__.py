@@ -1,4 +1,4 @@
-"""Which block sizes the kernels run with: data in this folder, one JSON file per class of device.
+"""What was measured on devices, one JSON file for each class of them: block sizes, and which backend is faster.
 
 A leaf module: it imports torch for dtypes and nothing else of fastcl. Nothing is tuned at run time; the entry whose
 shape lies nearest, in powers of two, is taken. ``default.json`` fits every supported device.
@@ -53,6 +53,8 @@ class Table:
     workspace_bytes: int
     entries: Mapping[tuple[str, str], tuple[tuple[Mapping[str, int], Config], ...]]
     """(kernel, precision class) to (shape, configuration) pairs"""
+    backends: Mapping[tuple[str, str], tuple[tuple[Mapping[str, int], str], ...]]
+    """(kind of plan, precision class) to (shape, fastest backend) pairs; empty until they were measured"""
 
 
 class _Override(NamedTuple):
@@ -78,6 +80,15 @@ def lookup(kernel: str, precision: str, capability: tuple[int, int] | None, **sh
         return override.config
     entries = table(capability).entries[kernel, precision]
     return min(entries, key=lambda entry: _distance(entry[0], shape))[1]
+
+
+def fastest_backend(kind: str, precision: str, capability: tuple[int, int] | None, **shape: int) -> str | None:
+    """The backend that was measured to be the fastest at the nearest shape (n, m, d); None where nothing was measured.
+
+    The kind of a plan is "symmetric", "rows" for terms along rows alone, or "both" for terms along both axes.
+    """
+    entries = table(capability).backends.get((kind, precision), ())
+    return min(entries, key=lambda entry: _distance(entry[0], shape))[1] if entries else None
 
 
 def workspace_bytes(capability: tuple[int, int] | None = None) -> int:
@@ -141,7 +152,13 @@ def _read(path: Path) -> Table:
         for kernel in KERNELS
         for precision in PRECISIONS
     }
-    return Table(tuple(content["capabilities"]), content["shared_memory"], content["workspace_bytes"], entries)
+    backends: dict[tuple[str, str], tuple[tuple[Mapping[str, int], str], ...]] = {}
+    for entry in content.get("backends", ()):
+        key = entry["plan"], entry["precision"]
+        backends[key] = (*backends.get(key, ()), (entry["shape"], entry["fastest"]))
+    return Table(
+        tuple(content["capabilities"]), content["shared_memory"], content["workspace_bytes"], entries, backends
+    )
 
 
 def _distance(known: Mapping[str, int], shape: Mapping[str, int]) -> float:
