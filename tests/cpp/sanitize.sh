@@ -39,4 +39,4 @@ echo "== the extension's tests under address,undefined"
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
   FASTCL_EXPECT_CPU=1 "$python" -m pytest -q -p no:cacheprovider -n auto --dist loadfile \
   -k "not dense and not tiled and not peak and not bits" tests/test_cpu_engine.py tests/test_cpu_masks.py \
-  tests/test_one_sweep.py tests/test_sigmoid.py
+  tests/test_one_sweep.py tests/test_sigmoid.py tests/test_panel_kernels.py
