@@ -194,6 +194,7 @@ ENGINE = Extension(
                 "gradient",
                 "cross_entropy",
                 "sigmoid",
+                "pairs",
             )
         ),
         *(f"csrc/cpu/{name}" for name in level_sources()),

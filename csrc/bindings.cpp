@@ -297,6 +297,68 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid(Tensor a, Ten
   return {costs, grad_a, grad_b, new_scalar(a, inner), new_scalar(a, sum), grad_shifts};
 }
 
+const float* optional_vectors(const std::optional<Tensor>& tensor, int vectors, int64_t size, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  return vector_of<float>(*tensor, ScalarType::Float, vectors, size, name);
+}
+
+// What a function of every pair makes of the rows, the gradients of a, b and the scale, and the sums of W and of the
+// gradient with respect to the first given parameter along rows and along columns; empty where not wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pairs(
+    Tensor a, Tensor b, double scale, double bias, int64_t function, Tensor numbers, std::optional<Tensor> row_squares,
+    std::optional<Tensor> column_squares, std::optional<Tensor> row_given, std::optional<Tensor> column_given,
+    OptionalTensors guide, double guide_scale, std::optional<Tensor> incoming, OptionalTensors tags, int64_t row0,
+    bool needs_a, bool needs_b, bool needs_scale) {
+  const cpu::Problem problem = make_operands(a, b, scale, tags, row0, 0);
+  STD_TORCH_CHECK(function >= 0 && function < cpu::kPairFunctions, "there is no such function");
+  const cpu::PairShape shape = cpu::shape_of(static_cast<cpu::PairFunction>(function));
+  const cpu::Workers threads = workers();
+  const int64_t n = problem.a.rows;
+  const int64_t m = problem.b.rows;
+  const int64_t depth = problem.a.depth;
+  const cpu::PairOperands operands{static_cast<cpu::PairFunction>(function),
+                                   static_cast<float>(bias),
+                                   vector_of<float>(numbers, ScalarType::Float, 1, 2, "numbers"),
+                                   optional_vectors(row_squares, 1, n, "row_squares"),
+                                   optional_vectors(column_squares, 1, m, "column_squares"),
+                                   optional_vectors(row_given, shape.row_given, n, "row_given"),
+                                   optional_vectors(column_given, shape.column_given, m, "column_given"),
+                                   optional_vectors(incoming, shape.incoming, n, "incoming")};
+  STD_TORCH_CHECK((operands.row_given != nullptr) == (shape.row_given > 0) &&
+                      (operands.column_given != nullptr) == (shape.column_given > 0),
+                  "the function has other parameters");
+  STD_TORCH_CHECK((operands.row_squares == nullptr) == (operands.column_squares == nullptr),
+                  "rows and columns need squared norms, both or none");
+  std::optional<cpu::Problem> second;
+  if (!guide.empty()) {
+    STD_TORCH_CHECK(guide.size() == 2 && guide[0].has_value() && guide[1].has_value(), "guide must be two matrices");
+    second = make_operands(*guide[0], *guide[1], guide_scale, {}, 0, 0);
+    STD_TORCH_CHECK(second->a.rows == n && second->b.rows == m, "guide must have as many rows as a and b");
+  }
+  STD_TORCH_CHECK(second.has_value() == (operands.function == cpu::PairFunction::kSoftTargets),
+                  "the function has another number of similarities");
+  const bool weighs = operands.incoming != nullptr && shape.incoming > 0;
+  STD_TORCH_CHECK(weighs || !(operands.incoming != nullptr || needs_a || needs_b || needs_scale),
+                  "gradients need those with respect to the outputs");
+  const bool wants_a = needs_a || (needs_scale && !needs_b);
+  Tensor values = new_float(a, shape.outputs, n);
+  Tensor grad_a = new_float(a, wants_a ? n : 0, wants_a ? depth : 0);
+  Tensor grad_b = new_float(a, needs_b ? m : 0, needs_b ? depth : 0);
+  Tensor row_sums = new_float(a, weighs ? shape.slopes : 0, n);
+  Tensor column_sums = new_float(a, weighs ? shape.slopes : 0, m);
+  float* a_out = wants_a ? grad_a.mutable_data_ptr<float>() : nullptr;
+  float* b_out = needs_b ? grad_b.mutable_data_ptr<float>() : nullptr;
+  cpu::pair_panels(
+      problem, second.has_value() ? &*second : nullptr, threads, operands,
+      {values.mutable_data_ptr<float>(), a_out, b_out, weighs ? row_sums.mutable_data_ptr<float>() : nullptr,
+       weighs ? column_sums.mutable_data_ptr<float>() : nullptr});
+  double inner = 0.0;
+  const float factor = static_cast<float>(scale);
+  if (needs_b) inner = cpu::finish(problem.b, threads, nullptr, factor, b_out);
+  if (wants_a) inner = cpu::finish(problem.a, threads, nullptr, factor, a_out);
+  return {values, grad_a, grad_b, new_scalar(a, inner), row_sums, column_sums};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastcl_cpu, m) {
@@ -317,6 +379,11 @@ STABLE_TORCH_LIBRARY(fastcl_cpu, m) {
       "int row0, bool needs_a, bool needs_b, bool needs_scale, bool needs_shifts, bool needs_costs) -> (Tensor, "
       "Tensor, "
       "Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "pairs(Tensor a, Tensor b, float scale, float bias, int function, Tensor numbers, Tensor? row_squares, Tensor? "
+      "column_squares, Tensor? row_given, Tensor? column_given, Tensor?[] guide, float guide_scale, Tensor? incoming, "
+      "Tensor?[] tags, int row0, bool needs_a, bool needs_b, bool needs_scale) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcl_cpu, CPU, m) {
@@ -324,6 +391,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcl_cpu, CPU, m) {
   m.impl("gradient", TORCH_BOX(&gradient));
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
   m.impl("sigmoid", TORCH_BOX(&sigmoid));
+  m.impl("pairs", TORCH_BOX(&pairs));
 }
 
 namespace {

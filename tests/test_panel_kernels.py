@@ -17,7 +17,7 @@ HAS = [(name, option) for name, kernel in KERNELS.items() for option in kernel.o
 HAS = [each for each in HAS if KERNELS[each[0]].function.kernel in cpu.PANEL_KERNELS]
 EACH_OPTION = pytest.mark.parametrize(("name", "option"), HAS)
 EACH = pytest.mark.parametrize(("name", "option"), list({name: (name, option) for name, option in HAS}.values()))
-SHAPES = ((1, 1, 1), (1, 700, 3), (700, 1, 17), (97, 193, 513), (403, 301, 77))
+SHAPES = ((1, 1, 1), (1, 700, 9), (700, 1, 17), (97, 193, 513), (403, 301, 77))
 
 
 @EACH_OPTION

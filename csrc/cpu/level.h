@@ -167,6 +167,19 @@ struct SigmoidPairs {
   LaneProduct b;
 };
 
+// A function of every pair, and what one sweep makes of it (see PairOperands and pairs.h). Values and sums have a set
+// for each lane.
+struct PairJob {
+  PairOperands operands;
+  PairShape shape;
+  const Sweep* guide;   // over the same tiles, or null
+  double* values;       // [lanes, outputs, x.rows]
+  double* row_sums;     // [lanes, slopes, x.rows], of W; null where not wanted
+  double* column_sums;  // [lanes, slopes, y.rows], of W; null where not wanted
+  LaneProduct a;
+  LaneProduct b;
+};
+
 struct Level {
   const char* name;
   PackedSizes (*packed_sizes)(const Matrix&);
@@ -184,6 +197,7 @@ struct Level {
   // Adds that for one tile of columns.
   void (*panel_columns)(const Sweep&, const RowPanels&, int64_t panel, int64_t column, void* workspace);
   void (*sigmoid)(const Sweep&, const SigmoidPairs&, const Task&, void* workspace);
+  void (*pairs)(const Sweep&, const PairJob&, const Task&, void* workspace);
   void (*normalize)(const Matrix&, int64_t begin, int64_t end, void* unit, int64_t pitch, float* inverse,
                     float* scratch);
   void (*finish)(const Matrix&, const float* inverse, float factor, int64_t begin, int64_t end, float* product,
