@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcl import engine, panels
-from fastcl.losses import alpha_cl, contrastive, distances, distillation, lifted_structure, sigmoid, triplet
+from fastcl.losses import alpha_cl, contrastive, distances, distillation, lifted_structure, sigmoid, spectral, triplet
 from fastcl.panels import PanelFunction
 from fastcl.terms import NO_GRADIENTS, PanelGradients, PanelNeeds, PanelOperands, Tags
 
@@ -111,6 +111,7 @@ KERNELS = {
     "energy_power": Kernel(alpha_cl.power_rows, ("labels", "ids"), _energy, needs_rows=True, needs_columns=True),
     "nearest": Kernel(alpha_cl.distances_of_rows, ("labels", "ids"), _energy, values_only=True),
     "soft_targets": Kernel(distillation.soft_target_rows, ("plain", "ids"), _guide),
+    "squares": Kernel(spectral.squares_of_others, ("ids",), lambda draw, option: {}),
 }  # fmt: skip
 
 

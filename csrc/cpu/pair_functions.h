@@ -226,5 +226,15 @@ struct SoftTargets {
   }
 };
 
+struct Squares {
+  static constexpr PairFunction kFunction = PairFunction::kSquares;
+
+  PairSlopes operator()(const Pairs& pairs, Vector* outputs) const {
+    const Vector s = only(without(pairs.counts, pairs.id), pairs.s);
+    outputs[0] = s * s;
+    return PairSlopes(2.0f * pairs.incoming(0) * s);
+  }
+};
+
 }  // namespace
 }  // namespace fastcl::cpu

@@ -23,8 +23,9 @@ enum class PairFunction : int8_t {
   kPowerEnergy,
   kCandidates,
   kSoftTargets,
+  kSquares,
 };
-constexpr int kPairFunctions = 13;
+constexpr int kPairFunctions = 14;
 
 // What becomes of an output along a row. The largest one's column, the first where several are, is the next output.
 enum class Along : int8_t { kSum, kMax, kLogSumExp, kFirstMax, kColumn };
@@ -61,6 +62,8 @@ static constexpr PairShape shape_of(PairFunction function) {
     case PairFunction::kPowerEnergy:
     case PairFunction::kSoftTargets:
       return {2, 0, 1, 1, 1, {sum}};
+    case PairFunction::kSquares:
+      return {0, 0, 1, 1, 1, {sum}};
     case PairFunction::kNegatives:
     case PairFunction::kImportance:
     case PairFunction::kPowerImportance:

@@ -181,6 +181,8 @@ inline void take_function(bool weighs, PairStrip& on) {
       return take_logits(Candidates{}, on);
     case PairFunction::kSoftTargets:
       return take(SoftTargets{}, weighs, on);
+    case PairFunction::kSquares:
+      return take(Squares{}, weighs, on);
     default:
       return on.operands.row_squares != nullptr ? take_distances<true>(weighs, on) : take_distances<false>(weighs, on);
   }

@@ -166,7 +166,7 @@ def sigmoid(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, ne
 
 _PAIR_FUNCTIONS = (
     "contrastive", "negatives", "negatives slope", "lifted", "hardest", "similarities", "nearest", "importance",
-    "energy", "power importance", "power energy", "candidates", "soft targets",
+    "energy", "power importance", "power energy", "candidates", "soft targets", "squares",
 )  # fmt: skip
 """as csrc/cpu/pairs.h numbers them"""
 
@@ -321,6 +321,11 @@ def soft_targets(x: PanelOperands, incoming: Tensor | None, values: Tensor | Non
     return _sweep("soft targets", x, row_given=both, incoming=incoming, needs=needs).gradients(needs)
 
 
+def squares(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, needs: PanelNeeds) -> PanelGradients:
+    """The panel function of :mod:`fastcl.losses.spectral`."""
+    return _sweep("squares", x, incoming=incoming, needs=needs).gradients(needs)
+
+
 NOTHING = PanelGradients(*[None] * 7)
 PANEL_KERNELS = {
     "sigmoid": sigmoid,
@@ -332,6 +337,7 @@ PANEL_KERNELS = {
     "nearest": nearest,
     **{f"energy_{rule}": functools.partial(_energy, rule) for rule in ("softmax", "uniform", "power")},
     "soft_targets": soft_targets,
+    "squares": squares,
 }
 
 
