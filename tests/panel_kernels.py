@@ -141,6 +141,7 @@ def make(
     labels, ids = ([(torch.arange(k) * 5 // 3 + s) % 7 * 2**33 for k, s in ((n, 0), (m, 1))] for _ in range(2))
     # Differences that no narrower type holds.
     ids = [torch.arange(len(x)) * 3 % 5 - 2**40 for x in ids]
+    ids[1][-1] = 0  # of no row, so that a softmax has something left
     nothing = [None, None]
     has_labels = option in ("labels", "cosine", "everything") or (option == "ids" and "plain" not in kernel.options)
     tags = [

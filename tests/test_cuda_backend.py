@@ -22,7 +22,9 @@ import torch
 import fastcl
 from fastcl import engine, tuning
 from fastcl.backends import cuda, dense, panels
+from fastcl.backends.cuda.binding import extension, load
 from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Statistics, Tags, Term
+from tests import panel_kernels
 from tests.cases import relative_error
 from tests.losses import LOSSES, Loss
 from tests.test_correctness import check_against_float64
@@ -66,6 +68,16 @@ EACH_PLAN = pytest.mark.parametrize(
     "plan",
     [SYMMETRIC, BOTH_AXES, SUP_CON, TAGS_ON_BOTH_AXES],
     ids=["symmetric", "both-axes", "sup_con", "tags-on-both-axes"],
+)
+PANEL_FUNCTIONS = [
+    (name, option)
+    for name, kernel in panel_kernels.KERNELS.items()
+    if kernel.function.kernel in cuda.PANEL_KERNELS
+    for option in kernel.options
+]
+EACH_OPTION = pytest.mark.parametrize(("name", "option"), PANEL_FUNCTIONS)
+EACH_FUNCTION = pytest.mark.parametrize(
+    ("name", "option"), list({name: (name, option) for name, option in PANEL_FUNCTIONS}.values())
 )
 EACH_LOSS = pytest.mark.parametrize(
     "loss", [loss for loss in LOSSES if "cuda" in loss.backends], ids=lambda loss: loss.name
@@ -112,9 +124,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "fastcl._cuda", module)
         patch.setattr(fastcl, "_cuda", module, raising=False)
-        cuda._load.cache_clear()
+        load.cache_clear()
         yield
-    cuda._load.cache_clear()
+    load.cache_clear()
 
 
 @pytest.fixture
@@ -196,7 +208,7 @@ def test_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCL_CUDA_KERNELS", "hopper")
     assert cuda._takes_hopper(half)
     assert not cuda._takes_hopper(single)
-    monkeypatch.setattr(cuda._extension(), "HAS_HOPPER", 0)
+    monkeypatch.setattr(extension(), "HAS_HOPPER", 0)
     with pytest.raises(ValueError, match=r"not built for compute capability 9\.0"):
         cuda._takes_hopper(half)
     monkeypatch.setenv("FASTCL_CUDA_KERNELS", "blackwell")
@@ -316,3 +328,29 @@ def test_panels_cover_w_once(symmetric: bool) -> None:
             if symmetric and not panel.mirror:
                 covered[panel.columns, panel.rows] += 1
         assert covered.eq(1).all()
+
+
+@EACH_OPTION
+@pytest.mark.parametrize(("n", "m", "depth"), [(1, 1, 1), (1, 150, 3), (150, 2, 17), (131, 140, 40)])
+def test_panel_function(name: str, option: str, n: int, m: int, depth: int) -> None:
+    panel_kernels.check("cuda", name, *panel_kernels.make(name, option, n, m, depth))
+
+
+@EACH_FUNCTION
+@pytest.mark.parametrize(("dtype", "of_products"), [(torch.bfloat16, 2e3), (torch.float16, 3e2)], ids=["bf16", "fp16"])
+def test_panel_function_in_half_precision(name: str, option: str, dtype: torch.dtype, of_products: float) -> None:
+    panel_kernels.check("cuda", name, *panel_kernels.make(name, option, 60, 131, 20, dtype), of_products=of_products)
+
+
+@EACH_FUNCTION
+@pytest.mark.parametrize("row0", [140, -3, 2**40])
+def test_panel_function_of_a_shard(name: str, option: str, row0: int) -> None:
+    panel_kernels.check("cuda", name, *panel_kernels.make(name, option, 20, 150, 8, row0=row0))
+
+
+@EACH_FUNCTION
+def test_panel_function_in_several_panels(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcl.backends.cuda.pairs._MOST_PARTIALS", 1)
+    x, incoming = panel_kernels.make(name, option, 150, 260, 8)
+    with tuning.override(workspace_bytes=128 * 128 * 4):
+        panel_kernels.check("cuda", name, x, incoming)
