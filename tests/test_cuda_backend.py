@@ -7,6 +7,7 @@ type of its device.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ import fastcl
 from fastcl import engine, tuning
 from fastcl.backends import cuda, dense, panels
 from fastcl.backends.cuda.binding import extension, load
-from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Statistics, Tags, Term
+from fastcl.terms import Axis, Mask, Operands, PanelNeeds, Plan, Reduce, Statistics, Tags, Term
 from tests import panel_kernels
 from tests.cases import relative_error
 from tests.losses import LOSSES, Loss
@@ -354,3 +355,49 @@ def test_panel_function_in_several_panels(name: str, option: str, monkeypatch: p
     x, incoming = panel_kernels.make(name, option, 150, 260, 8)
     with tuning.override(workspace_bytes=128 * 128 * 4):
         panel_kernels.check("cuda", name, x, incoming)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "lifted", "energy_power"])
+def test_any_combination_of_gradients(name: str) -> None:
+    x, incoming = panel_kernels.make(name, "everything" if name == "sigmoid" else "labels", 33, 40, 5)
+    everything = panel_kernels.needs_of(name, x)
+    full = panel_kernels.run("cuda", name, x, incoming, everything)
+    for flags in itertools.product(*((False, True) if wanted else (False,) for wanted in everything)):
+        found = panel_kernels.run("cuda", name, x, incoming, PanelNeeds(*flags))
+        for field, needed, got, all_of_it in zip(PanelNeeds._fields, flags, found, full, strict=True):
+            assert (got is not None) == needed, field
+            if needed:
+                torch.testing.assert_close(got, all_of_it, rtol=1e-4, atol=1e-6)
+
+
+def test_panel_functions_of_rows_that_copies_cannot_read() -> None:
+    x, incoming = panel_kernels.make("contrastive", "ids", 33, 40, 20)
+    x = replace(x, a=x.a.t().contiguous().t(), b=x.b.repeat_interleave(2, 1)[:, ::2])
+    x = replace(x, row_params=x.row_params.double(), tags=Tags(x.tags.labels, x.tags.ids[None].mT[:, 0]))
+    panel_kernels.check("cuda", "contrastive", x, incoming)
+
+
+@pytest.mark.parametrize("name", list(dict(PANEL_FUNCTIONS)))
+def test_what_is_not_a_number_is_seen(name: str) -> None:
+    """And only where the function itself has it seen."""
+    x, incoming = panel_kernels.make(name, panel_kernels.KERNELS[name].options[-1], 40, 50, 8)
+    x.a[7, 3] = math.nan
+    needs = panel_kernels.needs_of(name, x)
+    want = panel_kernels.judge(name, x, incoming)
+    got = panel_kernels.run("cuda", name, x, incoming if any(needs[:6]) else None, needs)
+    for found, exact in zip(got, want, strict=True):
+        assert found is None or not (found.isnan() & ~exact.reshape(found.shape).isnan()).any()
+    if name == "hardest":
+        assert got.values[:, 7].eq(-1.0).all()
+    else:
+        assert torch.equal(got.values.isnan(), want.values.isnan())
+
+
+def test_what_panel_functions_refuse() -> None:
+    x, _ = panel_kernels.make("sigmoid", "plain", 5, 3, 4)
+    assert cuda.takes(x.a) is None
+    assert "float64" in cuda.takes(x.a.double())
+    assert "empty" in cuda.takes(x.a[:, :0])
+    assert "meta" in cuda.takes(x.a.to("meta"))
+    assert engine.select_panels("sigmoid", x)[0] != "cuda"
+    assert engine.select_panels("sigmoid", x, "cuda")[0] == "cuda"

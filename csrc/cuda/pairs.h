@@ -31,7 +31,7 @@ struct alignas(kChunkBytes) Four {
   float at[4];
 };
 
-// A block's tile. Between two calls the block has met where they share what they read and write.
+// A block's tile.
 class PairTile {
  public:
   FASTCL_DEVICE PairTile(const PairsArguments& x, PairsMemory& memory, SuperTile at)
@@ -171,7 +171,7 @@ class PairTile {
                          x_.panel.row_end - x_.panel.row_begin);
   }
 
-  // What number(row, column) comes to along the columns of the tile.
+  // What number(row, column) comes to along the columns of the tile. The block meets after the last of them.
   template <class Number>
   FASTCL_DEVICE void sum_columns(float* out, Number number) {
     constexpr int kRows = kTile / kThreadsOfRow;
@@ -244,10 +244,7 @@ pairs_kernel(FASTCL_PARAMETER(PairsArguments) x) {
   tile.load_columns();
   for_each_tile<Precision>(x.operands, walk, memory.tile, [&](const OneTile&, Accumulators& products) {
     stage_tile<SinglePrecision, BlockTeam, false>(products, memory.tile);
-    if (x.column_gradients != nullptr) {
-      tile.sum_column_gradients();
-      sync_threads();
-    }
+    if (x.column_gradients != nullptr) tile.sum_column_gradients();
     for_function(x.function, [&](auto type) { tile.template evaluate<typename decltype(type)::Type>(); });
     if (x.out == nullptr && x.column_weights == nullptr) return;
     sync_threads();

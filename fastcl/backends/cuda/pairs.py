@@ -74,10 +74,11 @@ class _Operands(NamedTuple):
 
     @classmethod
     def of(cls, x: PanelOperands) -> _Operands:
+        a = aligned(x.a.detach())
         return cls(
             x,
-            aligned(x.a.detach()),
-            aligned(x.keys.detach()),
+            a,
+            a if x.b is None else aligned(x.b.detach()),
             None if x.row0 is None else x.row0.to(torch.int64),
             _numbers(x.row_params),
             _numbers(x.column_params),
