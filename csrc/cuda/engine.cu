@@ -37,4 +37,12 @@ int weights(Dtype dtype, Path path, const WeightsArguments& call, void* stream) 
   return launcher.error;
 }
 
+int pairs(Dtype dtype, const PairsArguments& call, void* stream) {
+  Launcher launcher(stream);
+  for_precision(dtype, [&](auto precision) {
+    launch_pairs<decltype(precision)>(call, [&](auto... arguments) { launcher(arguments...); });
+  });
+  return launcher.error;
+}
+
 }  // namespace fastcl::cuda

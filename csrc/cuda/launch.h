@@ -6,6 +6,7 @@
 
 #include "engine.h"
 #include "finish.h"
+#include "pairs.h"
 #include "weights.h"
 
 namespace fastcl::cuda {
@@ -77,6 +78,11 @@ void launch_weights(const WeightsArguments& call, Launch launch) {
     launch(weights_kernel<Precision, tagged.value>, panel_tiles(call.panel), kThreads,
            sizeof(WeightsMemory<tagged.value>), call);
   });
+}
+
+template <class Precision, class Launch>
+void launch_pairs(const PairsArguments& call, Launch launch) {
+  launch(pairs_kernel<Precision>, panel_tiles(call.panel), kThreads, sizeof(PairsMemory), call);
 }
 
 }  // namespace fastcl::cuda
