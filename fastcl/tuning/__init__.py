@@ -33,7 +33,8 @@ PRECISIONS = ("half", "tf32", "float32")
 class Config:
     """A tile of S is [block_m, block_n], accumulated over D in steps of block_d.
 
-    One with pairs that a mask treats apart is made in squares of side ``piece``, for masks take registers.
+    One with pairs that a mask treats apart is made in squares of side ``piece``, for masks take registers. Where
+    features lie so that TMA can read them (compute capability 9.0), whole tiles of a kernel with ``tma`` are read by it.
     """
 
     block_m: int
@@ -42,6 +43,7 @@ class Config:
     num_warps: int
     num_stages: int
     piece: int = 64
+    tma: bool = False
 
 
 @dataclass(frozen=True)

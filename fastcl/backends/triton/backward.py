@@ -43,6 +43,7 @@ def gradient(
         weights_kernel[(triton.cdiv(height, config.block_m) * triton.cdiv(width, config.block_n),)](
             x.a,
             x.b,
+            *launch.operand_tiles(x, config),
             x.scale,
             x.shift,
             x.target,

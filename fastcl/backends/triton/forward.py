@@ -29,6 +29,7 @@ def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
         sweep_kernel[(row_slots, column_slots)](
             x.a,
             x.b,
+            *launch.operand_tiles(x, config),
             x.scale,
             x.shift,
             x.target,

@@ -26,6 +26,7 @@ from fastcl.backends.triton.kernels.tile import (
     requires_a_pair,
     tag_tests,
     target_columns,
+    tile_products,
     where_admitted,
 )
 
@@ -214,6 +215,8 @@ def _sweep_piece(
 def sweep_kernel(
     a_ptr,
     b_ptr,
+    a_tiles,
+    b_tiles,
     scale_ptr,
     shift_ptr,
     target_ptr,
@@ -296,8 +299,8 @@ def sweep_kernel(
                 column_partials = _load(
                     column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS, BLOCK_N, False
                 )
-                products = inner_products(
-                    a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b,
+                products = tile_products(
+                    a_ptr, b_ptr, a_tiles, b_tiles, i0, j0, n, m, d, stride_a, stride_b,
                     BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
                 )  # fmt: skip
                 of_rows = load_tags(row_tags, rows, n)

@@ -57,6 +57,41 @@ def inner_products(
 
 
 @triton.jit
+def tile_products(
+    a_ptr,
+    b_ptr,
+    a_tiles,
+    b_tiles,
+    i0,
+    j0,
+    n,
+    m,
+    d,
+    stride_a,
+    stride_b,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``inner_products`` of the tile at (i0, j0), read through descriptors where there are any: zeros over the edge."""
+    if a_tiles is None:
+        rows = i0 + tl.arange(0, BLOCK_M)
+        columns = j0 + tl.arange(0, BLOCK_N)
+        return inner_products(
+            a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
+        )
+    else:
+        products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, d, BLOCK_D):
+            a = a_tiles.load([i0, start])
+            b = b_tiles.load([j0, start])
+            products = tl.dot(a, b.T, products, input_precision=PRECISION)
+        return products
+
+
+@triton.jit
 def self_columns(rows, self_offset, n, m):
     """The column of each row's self pair, -1 where that lies outside of S."""
     columns = rows + self_offset

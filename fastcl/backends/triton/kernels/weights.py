@@ -27,6 +27,7 @@ from fastcl.backends.triton.kernels.tile import (
     spread,
     tag_tests,
     target_columns,
+    tile_products,
     where_admitted,
 )
 
@@ -195,6 +196,8 @@ def _store(
 def weights_kernel(
     a_ptr,
     b_ptr,
+    a_tiles,
+    b_tiles,
     scale_ptr,
     shift_ptr,
     target_ptr,
@@ -281,9 +284,10 @@ def weights_kernel(
                     multiplier_ptr, PIECE, PIECE,
                 )  # fmt: skip
     else:
-        products = inner_products(
-            a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
-        )
+        products = tile_products(
+            a_ptr, b_ptr, a_tiles, b_tiles, i0, j0, n, m, d, stride_a, stride_b,
+            BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
+        )  # fmt: skip
         shift_log2 = shift * LOG2_E
         exponentials = tl.exp2(products * scale_log2 - shift_log2)
         of_rows = load_tags(row_tags, rows, n)
