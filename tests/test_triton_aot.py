@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,6 +119,8 @@ TAGGED: tuple[tuple[str, Any, dict[str, Any]], ...] = (
 
 PRECISIONS = {"half": ("bf16", "ieee"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "tf32x3")}
 """By precision class: the operands' type and tl.dot's input_precision."""
+DESCRIBED = {"a_tiles": "BLOCK_M", "b_tiles": "BLOCK_N"}
+"""What is a descriptor where a configuration says TMA, and the rows of its tiles."""
 
 
 class Usage(NamedTuple):
@@ -148,6 +151,8 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capabilit
             continue
         if name in constants:
             signature[name] = "constexpr"
+        elif name in DESCRIBED:
+            signature[name] = f"tensordesc<{dtype}[{constants[DESCRIBED[name]]}, {constants['BLOCK_D']}]>"
         elif name.endswith("_ptr"):
             signature[name] = "*" + (dtype if name in of_operands else "i64" if name in of_indices else "fp32")
         else:
@@ -170,6 +175,10 @@ def compile_at(
         "BLOCK_N": config.block_n,
         "BLOCK_D": config.block_d,
     }
+    if "PERSISTENT" in kernel.arg_names:
+        tile["PERSISTENT"] = config.persistent
+    if not config.tma:
+        tile |= dict.fromkeys(DESCRIBED.keys() & set(kernel.arg_names))
     return compile_kernel(kernel, dtype, constants | tile, capability, config.num_warps, config.num_stages)
 
 
@@ -218,6 +227,39 @@ def test_default_configurations_fit(capability: int, tmp_path: Path, record_prop
         compiled = compile_at(kernel, dtype, dot, kernel_constants, capability, config)
         if capability == 90 and precision == "half":
             assert "HGMMA" in compiled.asm["sass"]
+        used = usage(compiled, tmp_path)
+        record_property(f"{kernel.__name__} {precision}", used._asdict())
+        if used.stack or used.shared_memory > table(capability).shared_memory:
+            too_much.append((kernel.__name__, precision, config, used))
+    assert not too_much
+
+
+def described_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, Any], tuning.Config]]:
+    """The kernels that read by TMA, at the table's tiles, and persistent where they can be.
+
+    On sm_90 a sweep along both axes leaves out its maxima: 128 x 128 with four warps have no registers for them.
+    """
+    for name, kernel, kernel_constants in CASES:
+        if not DESCRIBED.keys() <= set(kernel.arg_names):
+            continue
+        if name == "sweep" and capability == 90:
+            kernel_constants = constants(Plan(CLIP.terms[:3])).as_arguments()
+        for precision in ("half", "float32"):
+            _, config = table(capability).entries[name, precision][0]
+            yield precision, kernel, kernel_constants, replace(config, tma=True, persistent=precision == "half")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 100])
+def test_read_by_tma(capability: int, tmp_path: Path, record_property: Any) -> None:
+    """Products are still by warp groups on sm_90, and nothing spills."""
+    too_much = []
+    for precision, kernel, kernel_constants, config in described_cases(capability):
+        dtype, dot = PRECISIONS[precision]
+        compiled = compile_at(kernel, dtype, dot, kernel_constants, capability, config)
+        sass = compiled.asm["sass"]
+        assert "UTMALDG" in sass
+        assert ("HGMMA" if capability == 90 else "UTCHMMA" if precision == "half" else "UTC") in sass
         used = usage(compiled, tmp_path)
         record_property(f"{kernel.__name__} {precision}", used._asdict())
         if used.stack or used.shared_memory > table(capability).shared_memory:

@@ -15,6 +15,8 @@ from fastcl.backends.triton.plan import Constants
 from fastcl.terms import Operands, PanelOperands, Tags
 
 _FIRST_WITH_TMA = (9, 0)
+_WARPS = 8
+"""of a multiprocessor, each of whose threads takes up to 255 of its 65,536 registers, as these kernels' do"""
 _FLOAT32_PRECISION = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
 
 
@@ -89,6 +91,14 @@ def tile_arguments(x: Inputs | PanelOperands, config: tuning.Config) -> dict[str
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+
+
+def programs(count: int, x: Tensor, config: tuning.Config) -> int:
+    """How many programs share ``count`` pieces of work: one each, or as many as the device runs at a time."""
+    if not config.persistent:
+        return count
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return min(count, multiprocessors * max(1, _WARPS // config.num_warps))
 
 
 def operand_tiles(x: Inputs, config: tuning.Config) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:

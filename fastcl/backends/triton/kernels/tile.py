@@ -225,9 +225,28 @@ def spread(vector, AXIS: tl.constexpr):
 
 
 @triton.jit
+def own_numbers(count, PERSISTENT: tl.constexpr):
+    """The range of a program's own among ``count`` pieces of work, of which there are several only if programs persist.
+
+    Else the compiler sees that it is one, and keeps no loop.
+    """
+    first = tl.program_id(0)
+    if PERSISTENT:
+        return first, count, tl.num_programs(0)
+    else:
+        return first, first + 1, 1
+
+
+@triton.jit
 def banded_tile(tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """This program's tile, in bands of GROUP_M tiles: the programs in flight share rows of a and of b in L2."""
-    band = tl.program_id(0) // (GROUP_M * tiles_n)
+    """This program's tile, see ``numbered_tile``."""
+    return numbered_tile(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+
+
+@triton.jit
+def numbered_tile(number, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """A tile by its number, in bands of GROUP_M tiles: the programs in flight share rows of a and of b in L2."""
+    band = number // (GROUP_M * tiles_n)
     band_height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
-    within = tl.program_id(0) - band * GROUP_M * tiles_n
+    within = number - band * GROUP_M * tiles_n
     return band * GROUP_M + within % band_height, within // band_height
