@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from fastcl import tuning
 
@@ -25,6 +26,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from fastcl.backends.triton import forward, launch  # noqa: E402
 from fastcl.backends.triton.kernels.combine import combine_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.exponentials import exponentials_kernel, repair_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.head import head_kernel, loss_kernel  # noqa: E402
@@ -34,7 +36,7 @@ from fastcl.backends.triton.kernels.sweep import sweep_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.unit import through_unit_kernel, unit_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.weights import weights_kernel  # noqa: E402
 from fastcl.backends.triton.plan import constants  # noqa: E402
-from fastcl.terms import Axis, Mask, Plan, Reduce, Term  # noqa: E402
+from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Term  # noqa: E402
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes a block may have, by compute capability."""
@@ -265,6 +267,39 @@ def test_read_by_tma(capability: int, tmp_path: Path, record_property: Any) -> N
         if used.stack or used.shared_memory > table(capability).shared_memory:
             too_much.append((kernel.__name__, precision, config, used))
     assert not too_much
+
+
+class Hopper:
+    """What a launch asks Triton's driver for before it runs anything."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def test_descriptors_as_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the host gives the sweep compiles to one that reads by TMA, with a map for each operand."""
+    compiled = []
+    run = type(sweep_kernel).run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append(run(kernel, *arguments, grid=grid, warmup=True, **options))
+
+    monkeypatch.setattr(type(sweep_kernel), "run", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    features = torch.randn(300, 80).bfloat16()
+    x = launch.inputs(Operands(features, features.flip(0), torch.tensor(10.0), norm_bound=20.0))
+    config = tuning.Config(64, 128, 64, 4, 3, tma=True, persistent=True)
+    with tuning.override(config):
+        forward.statistics(CLIP, x)
+    maps = compiled[0].metadata.tensordesc_meta
+    assert [each["block_size"] for each in maps] == [[64, 64], [128, 64]]
+    assert "cp.async.bulk.tensor" in compiled[0].asm["ptx"]
 
 
 @pytest.mark.parametrize("case", [0, 1, 2, 4, 5, 8], ids=lambda i: CASES[i][0])
