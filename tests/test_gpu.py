@@ -115,6 +115,35 @@ def test_same_bits_every_time(loss: Loss, backend: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(gradients, runs[0][1], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tma", "persistent"),
+    [
+        (torch.bfloat16, True, False),
+        (torch.bfloat16, False, True),
+        (torch.bfloat16, True, True),
+        (torch.float32, True, True),
+    ],
+    ids=["tma", "persistent", "both", "both-float32"],
+)
+@pytest.mark.parametrize("loss", OF_EACH_SHAPE, ids=lambda loss: loss.name)
+def test_ways_through_the_tiles(
+    loss: Loss, dtype: torch.dtype, tma: bool, persistent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kernel at its table's tiles, and panels of W in place of sums in registers; the same bits every time."""
+    if tma and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip(f"{torch.cuda.get_device_name()} has no TMA")
+    look_up = tuning.lookup
+    monkeypatch.setattr(
+        tuning, "lookup", lambda *key, **shape: replace(look_up(*key, **shape), tma=tma, persistent=persistent)
+    )
+    monkeypatch.setattr(tuning, "registers", lambda *key: None)
+    check_against_float64(loss, 3001, 200, dtype, "triton", tau=0.05, device="cuda")
+    features = make_features(loss, 3001, 200, dtype, "cuda")
+    runs = [value_and_gradients(lambda: loss.call(features, 0.1, backend="triton"), features) for _ in range(2)]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert all(map(torch.equal, runs[0][1], runs[1][1]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("plan", [ALONG_ROWS, NO_POSITIVE], ids=["along-rows", "no-positive"])
 def test_panels_of_whole_rows(plan: Plan, dtype: torch.dtype) -> None:

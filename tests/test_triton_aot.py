@@ -10,10 +10,12 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from fastcl import tuning
 
@@ -24,6 +26,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from fastcl.backends.triton import forward, launch  # noqa: E402
 from fastcl.backends.triton.kernels.combine import combine_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.exponentials import exponentials_kernel, repair_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.head import head_kernel, loss_kernel  # noqa: E402
@@ -33,7 +36,7 @@ from fastcl.backends.triton.kernels.sweep import sweep_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.unit import through_unit_kernel, unit_kernel  # noqa: E402
 from fastcl.backends.triton.kernels.weights import weights_kernel  # noqa: E402
 from fastcl.backends.triton.plan import constants  # noqa: E402
-from fastcl.terms import Axis, Mask, Plan, Reduce, Term  # noqa: E402
+from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Term  # noqa: E402
 
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """Bytes a block may have, by compute capability."""
@@ -118,6 +121,8 @@ TAGGED: tuple[tuple[str, Any, dict[str, Any]], ...] = (
 
 PRECISIONS = {"half": ("bf16", "ieee"), "tf32": ("fp32", "tf32"), "float32": ("fp32", "tf32x3")}
 """By precision class: the operands' type and tl.dot's input_precision."""
+DESCRIBED = {"a_tiles": "BLOCK_M", "b_tiles": "BLOCK_N"}
+"""What is a descriptor where a configuration says TMA, and the rows of its tiles."""
 
 
 class Usage(NamedTuple):
@@ -148,6 +153,8 @@ def compile_kernel(kernel: Any, dtype: str, constants: dict[str, Any], capabilit
             continue
         if name in constants:
             signature[name] = "constexpr"
+        elif name in DESCRIBED:
+            signature[name] = f"tensordesc<{dtype}[{constants[DESCRIBED[name]]}, {constants['BLOCK_D']}]>"
         elif name.endswith("_ptr"):
             signature[name] = "*" + (dtype if name in of_operands else "i64" if name in of_indices else "fp32")
         else:
@@ -170,6 +177,10 @@ def compile_at(
         "BLOCK_N": config.block_n,
         "BLOCK_D": config.block_d,
     }
+    if "PERSISTENT" in kernel.arg_names:
+        tile["PERSISTENT"] = config.persistent
+    if not config.tma:
+        tile |= dict.fromkeys(DESCRIBED.keys() & set(kernel.arg_names))
     return compile_kernel(kernel, dtype, constants | tile, capability, config.num_warps, config.num_stages)
 
 
@@ -223,6 +234,72 @@ def test_default_configurations_fit(capability: int, tmp_path: Path, record_prop
         if used.stack or used.shared_memory > table(capability).shared_memory:
             too_much.append((kernel.__name__, precision, config, used))
     assert not too_much
+
+
+def described_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, Any], tuning.Config]]:
+    """The kernels that read by TMA, at the table's tiles, and persistent where they can be.
+
+    On sm_90 a sweep along both axes leaves out its maxima: 128 x 128 with four warps have no registers for them.
+    """
+    for name, kernel, kernel_constants in CASES:
+        if not DESCRIBED.keys() <= set(kernel.arg_names):
+            continue
+        if name == "sweep" and capability == 90:
+            kernel_constants = constants(Plan(CLIP.terms[:3])).as_arguments()
+        for precision in ("half", "float32"):
+            _, config = table(capability).entries[name, precision][0]
+            yield precision, kernel, kernel_constants, replace(config, tma=True, persistent=precision == "half")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 100])
+def test_read_by_tma(capability: int, tmp_path: Path, record_property: Any) -> None:
+    """Products are still by warp groups on sm_90, and nothing spills."""
+    too_much = []
+    for precision, kernel, kernel_constants, config in described_cases(capability):
+        dtype, dot = PRECISIONS[precision]
+        compiled = compile_at(kernel, dtype, dot, kernel_constants, capability, config)
+        sass = compiled.asm["sass"]
+        assert "UTMALDG" in sass
+        assert ("HGMMA" if capability == 90 else "UTCHMMA" if precision == "half" else "UTC") in sass
+        used = usage(compiled, tmp_path)
+        record_property(f"{kernel.__name__} {precision}", used._asdict())
+        if used.stack or used.shared_memory > table(capability).shared_memory:
+            too_much.append((kernel.__name__, precision, config, used))
+    assert not too_much
+
+
+class Hopper:
+    """What a launch asks Triton's driver for before it runs anything."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def test_descriptors_as_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the host gives the sweep compiles to one that reads by TMA, with a map for each operand."""
+    compiled = []
+    run = type(sweep_kernel).run
+
+    def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled.append(run(kernel, *arguments, grid=grid, warmup=True, **options))
+
+    monkeypatch.setattr(type(sweep_kernel), "run", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    features = torch.randn(300, 80).bfloat16()
+    x = launch.inputs(Operands(features, features.flip(0), torch.tensor(10.0), norm_bound=20.0))
+    config = tuning.Config(64, 128, 64, 4, 3, tma=True, persistent=True)
+    with tuning.override(config):
+        forward.statistics(CLIP, x)
+    maps = compiled[0].metadata.tensordesc_meta
+    assert [each["block_size"] for each in maps] == [[64, 64], [128, 64]]
+    assert "cp.async.bulk.tensor" in compiled[0].asm["ptx"]
 
 
 @pytest.mark.parametrize("case", [0, 1, 2, 4, 5, 8], ids=lambda i: CASES[i][0])
