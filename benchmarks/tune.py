@@ -261,11 +261,11 @@ def write_table(
 ) -> Path:
     """Merges what was found into the device's file."""
     path, content = table_file(folder, capability, device, shared)
-    replace(path, merged(content, found))
+    write(path, merged(content, found))
     return path
 
 
-def replace(path: Path, content: Mapping[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a table, as one step that an interruption can't leave half done."""
     scratch = path.with_suffix(".new")
     scratch.write_text(formatted(content))
