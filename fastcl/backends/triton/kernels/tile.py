@@ -226,9 +226,9 @@ def spread(vector, AXIS: tl.constexpr):
 
 @triton.jit
 def own_numbers(count, PERSISTENT: tl.constexpr):
-    """The range of a program's own among ``count`` pieces of work, of which there are several only if programs persist.
+    """This program's share of ``count`` pieces of work, as a range: one, or every so manieth where programs persist.
 
-    Else the compiler sees that it is one, and keeps no loop.
+    If it is one the compiler sees that, and keeps no loop.
     """
     first = tl.program_id(0)
     if PERSISTENT:

@@ -239,8 +239,9 @@ def weights_kernel(
     GROUP_M: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):
-    """Grid: (tiles of the panel,). The panel has room for whole tiles, so that no store needs a mask.
+    """Grid: (tiles of the panel,), or fewer programs where they persist.
 
+    The panel has room for whole tiles, so that no store needs a mask.
     Of a panel on a symmetric plan's diagonal (MIRROR) only tiles on and above the diagonal are formed, which must be
     square; those above are written a second time, transposed.
     """
