@@ -195,6 +195,7 @@ ENGINE = Extension(
                 "cross_entropy",
                 "sigmoid",
                 "pairs",
+                "triplets",
             )
         ),
         *(f"csrc/cpu/{name}" for name in level_sources()),

@@ -124,6 +124,20 @@ struct PairResults {
 void pair_panels(const Problem& problem, const Problem* guide, const Workers& workers, const PairOperands& operands,
                  const PairResults& results);
 
+// Each row of S as the anchor of triplets: another row p of its label, and a row n of another label (and another id). A
+// triplet costs [d(p) - d(n) + margin]+; if semihard, only where d(n) > d(p).
+struct Triplets {
+  float bias;
+  float margin;
+  bool semihard;
+  const float* row_squares;  // as in PairOperands
+  const float* column_squares;
+  const float* incoming;  // [a.rows], null where no gradient is wanted
+};
+
+// The sums of costs and the numbers of those that aren't 0 are the values [2, a.rows].
+void all_triplets(const Problem& problem, const Workers& workers, const Triplets& triplets, const PairResults& results);
+
 // The rows of a matrix scaled to unit length, `pitch` numbers of its type apart, and 1 / norm of each (see rows.h).
 void normalize(const Matrix& matrix, const Workers& workers, void* unit, int64_t pitch, float* inverse);
 

@@ -80,11 +80,13 @@ struct Contrastive {
 
   PairSlopes operator()(const Pairs& pairs, Vector* outputs) const {
     const Distance<kEuclidean> distance(pairs);
-    const Lanes far = both(pairs.positive(), exceeds(distance.d, broadcast(margins[0])));
-    const Lanes close = both(pairs.negative(), exceeds(broadcast(margins[1]), distance.d));
-    outputs[0] = only(far, distance.d - margins[0]);
+    const Vector pull = only(pairs.positive(), at_least_zero(distance.d - margins[0]));
+    const Vector push = only(pairs.negative(), at_least_zero(margins[1] - distance.d));
+    const Lanes far = differ(pull, Vector{});
+    const Lanes close = differ(push, Vector{});
+    outputs[0] = pull;
     outputs[1] = count(far);
-    outputs[2] = only(close, margins[1] - distance.d);
+    outputs[2] = push;
     outputs[3] = count(close);
     const Vector pulled = broadcast(pairs.incoming(0));
     const Vector pushed = broadcast(pairs.incoming(2));

@@ -247,9 +247,9 @@ def _squares(x: PanelOperands, first: int = 0) -> tuple[Tensor, Tensor] | None:
 
 def _of_distances(sums: _Sums, x: PanelOperands, needs: PanelNeeds, values: Tensor | None = None) -> PanelGradients:
     """The gradients of a function of distances; S has -2 times the slope of a squared norm."""
-    squares = -0.5 if x.row_params is not None and len(x.row_params) == len(sums.rows) else None
+    euclidean = x.row_params is not None and len(x.row_params) == len(sums.rows)
     of_rows, of_columns = (
-        side[1:] if squares is None else torch.cat((side[1:], squares * side[:1])) for side in (sums.rows, sums.columns)
+        torch.cat((side[1:], -0.5 * side[:1])) if euclidean else side[1:] for side in (sums.rows, sums.columns)
     )
     return sums.gradients(needs, of_rows, of_columns, values)
 
@@ -326,6 +326,30 @@ def squares(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, ne
     return _sweep("squares", x, incoming=incoming, needs=needs).gradients(needs)
 
 
+def triplets(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, needs: PanelNeeds) -> PanelGradients:
+    """The panel function of :mod:`fastcl.losses.triplet` that takes all."""
+    _extension()
+    margin, semihard = x.numbers
+    of_rows, of_columns = (None, None) if x.row_params is None else _squares(x)
+    sums = torch.ops.fastcl_cpu.triplets(
+        x.a.detach(),
+        x.keys.detach(),
+        x.scale.item(),
+        x.bias.item(),
+        margin,
+        bool(semihard),
+        _vector(of_rows),
+        _vector(of_columns),
+        None if incoming is None else _vector(incoming[0]),
+        _packed((x.tags, x.key_tags)),
+        0 if x.row0 is None else int(x.row0),
+        needs.a,
+        needs.b,
+        needs.scale,
+    )
+    return _of_distances(_Sums(*sums), x, needs)
+
+
 NOTHING = PanelGradients(*[None] * 7)
 PANEL_KERNELS = {
     "sigmoid": sigmoid,
@@ -338,6 +362,7 @@ PANEL_KERNELS = {
     **{f"energy_{rule}": functools.partial(_energy, rule) for rule in ("softmax", "uniform", "power")},
     "soft_targets": soft_targets,
     "squares": squares,
+    "triplets": triplets,
 }
 
 

@@ -24,7 +24,7 @@ echo "== engine_check under thread"
 threads=build/sanitize-thread
 rm -rf "$threads"
 mkdir -p "$threads"
-printf '%s\n' csrc/cpu/{levels,schedule,shared_operands,statistics,gradient,cross_entropy,sigmoid,pairs,level_baseline} tests/cpp/engine_check |
+printf '%s\n' csrc/cpu/{levels,schedule,shared_operands,statistics,gradient,cross_entropy,sigmoid,pairs,triplets,level_baseline} tests/cpp/engine_check |
   xargs -P "$(nproc)" -I{} sh -c 'g++ '"$flags"' -fsanitize=thread -DFASTCL_BASELINE_ONLY \
     -DFASTCL_COUNT_MULTIPLY_ADDS -c {}.cpp -o "'"$threads"'/$(basename {}).o"'
 g++ -fsanitize=thread "$threads"/*.o -o "$threads/engine_check"
