@@ -58,8 +58,7 @@ class PairTile {
       Four four = four_staged(row.in_tile, column);
 #pragma unroll
       for (int l = 0; l < 4; ++l) {
-        const bool inside = row.inside && j0() + column + l < x_.panel.column_end;
-        four.at[l] = inside ? function(pair(row, column + l, four.at[l])) : 0.0f;
+        four.at[l] = has(row, column + l) ? function(pair(row, column + l, four.at[l])) : 0.0f;
         weights += four.at[l];
       }
       four_staged(row.in_tile, column) = four;
@@ -86,7 +85,7 @@ class PairTile {
     sum_columns(x_.column_gradients, [this](int row_in_tile, int column) {
       const Row row(x_, row0_, column0_, row_in_tile);
       const PositivePairs function(x_, row.i);
-      return row.inside ? function.column_gradient(pair(row, column, staged(row_in_tile, column))) : 0.0f;
+      return has(row, column) ? function.column_gradient(pair(row, column, staged(row_in_tile, column))) : 0.0f;
     });
   }
 
@@ -150,6 +149,8 @@ class PairTile {
   FASTCL_DEVICE float staged(int row, int column) const {
     return *reinterpret_cast<const float*>(memory_.tile + staged_offset(row, column, 4));
   }
+
+  FASTCL_DEVICE bool has(const Row& row, int column) const { return row.inside && j0() + column < x_.panel.column_end; }
 
   FASTCL_DEVICE Pair pair(const Row& row, int column, float product) const {
     const ColumnFacts& columns = memory_.columns;
