@@ -109,8 +109,8 @@ def refuses_panels(backend: str, kernel: str | None) -> str | None:
     if backend in _RUN_PANELS or kernel in BACKENDS[backend].PANEL_KERNELS:
         return None
     return (
-        "it has no kernel for this function of every single pair, which plain PyTorch computes over panels of S: "
-        "backend 'tiled', or 'dense'"
+        "it has no kernel for this function of whole rows of S, which plain PyTorch computes over panels: backend "
+        "'tiled', or 'dense'"
     )
 
 

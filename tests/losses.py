@@ -30,8 +30,8 @@ from fastcl.losses.sup_con import reference as sup_con_reference
 from fastcl.losses.triplet import reference as triplet_reference
 
 EVERY_BACKEND = ("dense", "tiled", "cpu", "triton", "cuda")
-SORTED = ("dense", "tiled")
-"""of a loss that sorts each row of S, in plain PyTorch"""
+SORTED = ("dense", "tiled", "cpu")
+"""of a loss for which each row of S has to be sorted"""
 PLAIN = ("tiled",)
 """of a loss without a sweep"""
 

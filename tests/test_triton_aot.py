@@ -94,7 +94,13 @@ BINARY_NCE = {"GROUP_M": 8, "multiplier_ptr": None, "row_sums_ptr": None}
 LABELS_AND_IDS = {"row_tags": (True, True, False), "column_tags": (True, True, False)}
 GUIDE = {f"guide_{name}_ptr": None for name in ("a", "b", "scale")} | {"EVEN_GUIDE": True, "GUIDE_PRECISION": "ieee"}
 NO_SUMS = {f"{name}_ptr": None for name in ("multiplier", "row_sums", "column_sums", "panel")}
-PARAMETERS = {"contrastive": (1, 1, 2), "negatives": (1, 1, 1), "lifted": (2, 2, 1), "soft_targets": (0, 0, 0)}
+PARAMETERS = {
+    "contrastive": (1, 1, 2),
+    "negatives": (1, 1, 1),
+    "lifted": (2, 2, 1),
+    "soft_targets": (0, 0, 0),
+    "squares": (0, 0, 0),
+}
 """How many rows and columns have, and how many numbers there are; of energies and their nearest negatives (2, 1, 2)."""
 
 

@@ -347,6 +347,19 @@ struct SoftTargetsWeights : NoSums {
   }
 };
 
+// The squares of S (fastcl/losses/spectral.py).
+struct Squares : Sums<1> {
+  float incoming;
+
+  FASTCL_DEVICE Squares(const PairsArguments& x, int i) : incoming(x.incoming.at(0, i)) {}
+
+  FASTCL_DEVICE float operator()(const Pair& pair) {
+    if (pair.same_id) return 0.0f;
+    sums[0] += pair.s * pair.s;
+    return 2.0f * pair.s * incoming;
+  }
+};
+
 // The largest similarity of a positive and of a negative, the positives' sum and number (fastcl/losses/distances.py).
 struct Similarities {
   static constexpr int kSums = 4;

@@ -231,6 +231,8 @@ FASTCL_DEVICE void for_function(PairFunction function, Call call) {
       return call(TypeOf<Nearest>());
     case PairFunction::kHardest:
       return call(TypeOf<Hardest>());
+    case PairFunction::kSquares:
+      return call(TypeOf<Squares>());
   }
 }
 

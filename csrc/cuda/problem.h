@@ -80,8 +80,9 @@ enum class PairFunction : int8_t {
   kSimilarities,
   kNearest,
   kHardest,
+  kSquares,
 };
-constexpr int kPairFunctions = 16;
+constexpr int kPairFunctions = 17;
 constexpr int kMostParams = 2;
 
 // Numbers of rows or columns, one [count] after another; data may be null where there are none.

@@ -6,6 +6,7 @@ the slots. W goes to the panel that library products multiply, as in :mod:`fastc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,6 +41,7 @@ _CODES = {
             "similarities",
             "nearest",
             "hardest",
+            "squares",
         )
     )
 }
@@ -318,6 +320,11 @@ def _bound_of_positive_pairs(x: PanelOperands, incoming: Tensor) -> Tensor:
     return incoming[0].abs().amax() * hinge * (2.0**12 if len(x.row_params) > 1 else 1.0)
 
 
+def _bound_of_squares(x: PanelOperands, incoming: Tensor) -> Tensor:
+    norms = (features.float().norm(dim=1).amax() for features in (x.a, x.keys))
+    return 2.0 * (math.prod(norms) * x.scale.abs() + x.bias.abs()) * _sum_of_incoming(x, incoming)
+
+
 def _of_squares(x: PanelOperands, sums: _Sums) -> tuple[Tensor | None, Tensor | None]:
     return tuple(None if w is None else -0.5 * w[None] for w in (sums.rows, sums.columns))
 
@@ -422,4 +429,5 @@ PANEL_KERNELS = {
     "similarities": _Function("similarities", 4, combine=_largest_and_sums),
     "nearest": _Function("nearest", 2, combine=_sum_and_smallest),
     "hardest": _Function("hardest", 4, combine=_hardest),
+    "squares": _Function("squares", 1, weights="squares", bound=_bound_of_squares),
 }

@@ -145,7 +145,7 @@ def _panel_function(
 
 _PANEL_FUNCTIONS = (
     *("contrastive", "negatives", "lifted", "hardest", "similarities", "nearest"),
-    *("energy_softmax", "energy_uniform", "energy_power", "soft_targets"),
+    *("energy_softmax", "energy_uniform", "energy_power", "soft_targets", "squares"),
 )
 PANEL_KERNELS = {"sigmoid": _sigmoid} | {name: functools.partial(_panel_function, name) for name in _PANEL_FUNCTIONS}
 

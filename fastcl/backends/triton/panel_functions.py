@@ -94,6 +94,7 @@ FUNCTIONS = {
     "energy_uniform": _energy(pair_functions.count, pair_functions.uniform)._replace(combine=_sum),
     "energy_power": _energy(pair_functions.power_lse, pair_functions.power),
     "soft_targets": Function(pair_functions.soft_targets_lse, 2, pairs=pair_functions.soft_targets, sums=1),
+    "squares": Function(pairs=pair_functions.squares, sums=1, is_steep=True),
 }
 
 

@@ -257,3 +257,13 @@ def soft_targets(s, guide, pairs, rows, columns, found, incoming, numbers):
     target = _above(_of_candidates(pairs, guide, float("-inf")), found[1])
     values = (tl.sum(target * (found[0][:, None] - s), axis=1),)
     return values, (probability - target) * incoming[0][:, None], ()
+
+
+@triton.jit
+def squares(s, guide, pairs, rows, columns, found, incoming, numbers):
+    """Of the pairs of other ids."""
+    kept = s
+    if len(pairs) > 4:
+        kept = tl.where(pairs[4], 0.0, s)
+    kept = tl.where(pairs[2], kept, 0.0)
+    return (tl.sum(kept * kept, axis=1),), 2.0 * kept * incoming[0][:, None], ()
