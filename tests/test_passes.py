@@ -63,7 +63,8 @@ def passes_of(calls: list[Call]) -> list[float]:
 
 
 def small_features(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Features that make TILES tiles along the rows of S."""
+    """Features that make TILES tiles along the rows of S; losses that take no backend shall use ``tiled``, too."""
+    monkeypatch.setenv("FASTCL_BACKEND", "tiled")
     monkeypatch.setattr(tiled, "_TILE_ON_CPU", 8)
     monkeypatch.setattr(tiled, "_LOWEST_PANEL", 1)
     monkeypatch.setattr(panels, "_FEWEST_ROWS", 8)
