@@ -28,54 +28,21 @@ struct TileFactors : TileTags<kTagged> {
   AxisFactors columns;
 };
 
-// A team's tiles of W. `staged` has room for one, on its way to memory.
-template <class Precision, class Team, bool kTagged>
-class Weights {
+// Tiles of S that become W in a team's registers. Arguments is WeightsArguments or GradientArguments, whose operands
+// may be exchanged: (j, i) of S is then at (i, j).
+template <class Arguments, class Team, bool kTagged>
+class TileWeights {
  public:
   using Accumulators = typename Team::Accumulators;
   using Memory = TileFactors<kTagged>;
 
-  FASTCL_DEVICE Weights(const WeightsArguments& x, Memory& memory, unsigned char* staged)
-      : x_(x), memory_(memory), staged_(staged), scale_log2_(*x.s.scale * kLog2E), shift_log2_(shift_log2(x.s)) {}
+  FASTCL_DEVICE TileWeights(const Arguments& x, Memory& memory)
+      : x_(x), memory_(memory), scale_log2_(*x.s.scale * kLog2E), shift_log2_(shift_log2(x.s)) {}
 
-  // Between two calls, and before the first, the team has met.
-  FASTCL_DEVICE void write_tile(int i0, int j0, Accumulators& values) {
-    if (find_exceptions(i0, j0)) {
-      form<true>(i0, j0, values);
-    } else {
-      form<false>(i0, j0, values);
-    }
-    stage<false>(values);
-    store(i0 - x_.panel.row_begin, j0 - x_.panel.column_begin);
-    if (x_.panel.mirror && i0 < j0) {
-      stage<true>(values);
-      store(j0 - x_.panel.column_begin, i0 - x_.panel.row_begin);
-    }
-  }
-
- private:
-  static constexpr int kPartRows = Team::kPartRows;
-  static constexpr int kPartColumns = Team::kPartColumns;
-  using Part = float[kPartRows][kPartColumns];
-  using PartPairs = PairSet<kPartRows, kPartColumns>;
-  using PartSets = TagSets<kPartRows, kPartColumns>;
-
-  // Whether anything in this tile is flagged or for a mask to look at; leaves the axes' factors and tags in shared
-  // memory.
-  FASTCL_DEVICE bool find_exceptions(int i0, int j0) {
-    bool found = x_.plan.uses_self && has_self_pair(x_.s.shape, i0, j0, kTile);
-    if constexpr (kTagged) load_tags<Team>(x_.s, i0, j0, memory_);
-#pragma unroll
-    for (int axis = Team::thread() / kTile; axis < 2; axis += Team::kThreads / kTile) {
-      found |= prepare_factors(axis == 0, i0, j0);
-    }
-    return Team::any(found);
-  }
-
-  FASTCL_DEVICE bool prepare_factors(bool is_row, int i0, int j0) {
-    const int k = Team::thread() % kTile;
-    const int first = is_row ? i0 : j0;
-    const int count = is_row ? x_.s.shape.rows : x_.s.shape.columns;
+  // Leaves the factors of the tile's k-th row or column, of those from `first` on, in shared memory; whether it is
+  // flagged.
+  FASTCL_DEVICE bool prepare_factors(bool is_row, int first, int k) {
+    const int count = is_row ? x_.s.operands.a.count : x_.s.operands.b.count;
     const Terms& terms = is_row ? x_.plan.rows : x_.plan.columns;
     const Statistics& statistics = is_row ? x_.rows : x_.columns;
     AxisFactors& factors = is_row ? memory_.rows : memory_.columns;
@@ -91,13 +58,44 @@ class Weights {
       factors.lse_log2[t][k] = lse == -kInfinity ? kInfinity : lse * kLog2E;
       factors.ratio[t][k] = exp2_fast(shift_log2_ - factors.lse_log2[t][k]);
     }
-    if (x_.plan.uses_target && (is_row || x_.plan.symmetric)) {
-      const int opposite = is_row ? j0 : i0;
-      const int target = inside ? x_.s.target[first + k] : -1;
-      factors.targets[k] = target;
-      found |= target >= opposite && target - opposite < kTile;
-    }
+    if (has_targets(is_row)) factors.targets[k] = inside ? x_.s.target[first + k] : -1;
     return found;
+  }
+
+  // Whether the target of the k-th row or column, which this thread has prepared, is in the tile at (i0, j0).
+  FASTCL_DEVICE bool has_target(bool is_row, int i0, int j0, int k) const {
+    if (!has_targets(is_row)) return false;
+    const int target = (is_row ? memory_.rows : memory_.columns).targets[k];
+    const int opposite = is_row ? j0 : i0;
+    return target >= opposite && target - opposite < (is_row ? tile_columns<Team>() : tile_rows<Team>());
+  }
+
+  FASTCL_DEVICE bool has_self_pair(int i0, int j0) const {
+    constexpr int kRows = tile_rows<Team>(), kColumns = tile_columns<Team>();
+    if (!x_.plan.uses_self) return false;
+    return x_.exchanged ? cuda::has_self_pair(x_.s.shape, j0, i0, kColumns, kRows)
+                        : cuda::has_self_pair(x_.s.shape, i0, j0, kRows, kColumns);
+  }
+
+  // Once the factors are there; `masked` where anything is flagged or for a mask to look at.
+  FASTCL_DEVICE void form(bool masked, int i0, int j0, Accumulators& values) {
+    if (masked) {
+      form<true>(i0, j0, values);
+    } else {
+      form<false>(i0, j0, values);
+    }
+  }
+
+ private:
+  static constexpr int kPartRows = Team::kPartRows;
+  static constexpr int kPartColumns = Team::kPartColumns;
+  using Part = float[kPartRows][kPartColumns];
+  using PartPairs = PairSet<kPartRows, kPartColumns>;
+  using PartSets = TagSets<kPartRows, kPartColumns>;
+
+  // Whether rows, or columns, are those of S that have targets.
+  FASTCL_DEVICE bool has_targets(bool is_row) const {
+    return x_.plan.uses_target && (x_.plan.symmetric || is_row != x_.exchanged);
   }
 
   // S becomes W, a part at a time.
@@ -145,7 +143,7 @@ class Weights {
                                      bool along_columns, int u, int v) const {
     PartPairs counted = all_pairs<kPartRows, kPartColumns>();
     if (kMasked) {
-      const bool turned = along_columns && x_.plan.symmetric;
+      const bool turned = x_.plan.symmetric ? along_columns : x_.exchanged;
       counted = counted_pairs<Team, kPartRows, kPartColumns>(term, pairs, turned, Team::thread(), u, v);
     }
     if constexpr (kTagged) counted = tags.admitted(counted, term, along_columns);
@@ -196,6 +194,49 @@ class Weights {
     return slope * factors.incoming[t][index];
   }
 
+  const Arguments& x_;
+  Memory& memory_;
+  const float scale_log2_;
+  const float shift_log2_;
+};
+
+// A team's tiles of W. `staged` has room for one, on its way to memory.
+template <class Precision, class Team, bool kTagged>
+class Weights {
+ public:
+  using Accumulators = typename Team::Accumulators;
+  using Memory = TileFactors<kTagged>;
+
+  FASTCL_DEVICE Weights(const WeightsArguments& x, Memory& memory, unsigned char* staged)
+      : x_(x), memory_(memory), weights_(x, memory), staged_(staged) {}
+
+  // Between two calls, and before the first, the team has met.
+  FASTCL_DEVICE void write_tile(int i0, int j0, Accumulators& values) {
+    const bool masked = find_exceptions(i0, j0);
+    weights_.form(masked, i0, j0, values);
+    stage<false>(values);
+    store(i0 - x_.panel.row_begin, j0 - x_.panel.column_begin);
+    if (x_.panel.mirror && i0 < j0) {
+      stage<true>(values);
+      store(j0 - x_.panel.column_begin, i0 - x_.panel.row_begin);
+    }
+  }
+
+ private:
+  // Whether anything in this tile is flagged or for a mask to look at; leaves the axes' factors and tags in shared
+  // memory.
+  FASTCL_DEVICE bool find_exceptions(int i0, int j0) {
+    bool found = weights_.has_self_pair(i0, j0);
+    if constexpr (kTagged) load_tags<Team>(x_.s, i0, j0, memory_);
+#pragma unroll
+    for (int axis = Team::thread() / kTile; axis < 2; axis += Team::kThreads / kTile) {
+      const int k = Team::thread() % kTile;
+      found |= weights_.prepare_factors(axis == 0, axis == 0 ? i0 : j0, k);
+      found |= weights_.has_target(axis == 0, i0, j0, k);
+    }
+    return Team::any(found);
+  }
+
   template <bool kTransposed>
   FASTCL_DEVICE void stage(const Accumulators& weights) {
     constexpr int kBytes = Precision::kBytes;
@@ -237,9 +278,8 @@ class Weights {
 
   const WeightsArguments& x_;
   Memory& memory_;
+  TileWeights<WeightsArguments, Team, kTagged> weights_;
   unsigned char* const staged_;
-  const float scale_log2_;
-  const float shift_log2_;
 };
 
 template <bool kTagged>

@@ -154,7 +154,8 @@ void farthest_self_pair() {
   const int last = static_cast<int>(kMostRows) - 1;
   const Shape large{last + 1, last + 1, -last};
   check(counts({Reduce::kSum, Test::kRequired, Test::kAbsent}, large, last, 0, -1), "the farthest self pair");
-  check(has_self_pair(large, last / kTile * kTile, 0, kTile) && !has_self_pair(large, 0, last / kTile * kTile, kTile),
+  check(has_self_pair(large, last / kTile * kTile, 0, kTile, kTile) &&
+            !has_self_pair(large, 0, last / kTile * kTile, kTile, kTile),
         "the tile of the farthest self pair");
 }
 
