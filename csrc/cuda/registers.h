@@ -12,12 +12,13 @@
 namespace fastcl::cuda {
 
 // Four warps one below the other, so that each has its rows of sums for itself. For rows of up to kDepth numbers: as
-// many products down as sums of 128 registers allow, so that what is loaded of B serves more of them; and across so
-// many that a tile has 64 products of S for each warp.
+// many products down as sums of 128 registers allow, for what is loaded of B serves all of them. A tile has one warp's
+// lanes of columns, few enough for a second or third block on the multiprocessor.
 template <int kDepth>
 struct OwnRowsFragments {
   static constexpr int kDown = kDepth <= 128 ? 2 : 1;
-  static constexpr int kAcross = kDepth <= 64 ? 8 : 4;
+  static constexpr int kAcross = kLanes / kProductColumns;
+  static constexpr int kBlocksPerSm = kDepth <= 64 ? 3 : 2;
   static constexpr int kWarpsDown = 4;
   static constexpr int kWarpsAcross = 1;
   static constexpr int kThreads = kLanes * kWarpsDown;
@@ -170,7 +171,7 @@ FASTCL_DEVICE void store_rows(const GradientArguments& x, int i0, const typename
 
 // A block has the tile_rows() of A from its index on.
 template <class Precision, int kDepth>
-FASTCL_KERNEL(OwnRowsFragments<kDepth>::kThreads, Precision::kBlocksPerSm)
+FASTCL_KERNEL(OwnRowsFragments<kDepth>::kThreads, OwnRowsFragments<kDepth>::kBlocksPerSm)
 gradient_kernel(FASTCL_PARAMETER(GradientArguments) x) {
   using Team = OwnRowsTeam<kDepth>;
   constexpr int kRows = tile_rows<Team>(), kColumns = tile_columns<Team>();
@@ -182,24 +183,36 @@ gradient_kernel(FASTCL_PARAMETER(GradientArguments) x) {
   commit_copies();
 
   TileWeights<GradientArguments, Team, false> weights(x, memory.factors);
-  const int k = thread_index();
-  static_assert(kColumns <= kRows && kRows <= Team::kThreads);
-  const bool flagged = k < kRows && weights.prepare_factors(true, i0, k);
+  // Row factors stay. Of the columns' a thread has one term at one column, read while the tile before is multiplied.
+  const int own = thread_index();
+  static_assert(kRows <= Team::kThreads && Team::kThreads == kMostTerms * kColumns);
+  const bool flagged = own < kRows && weights.prepare_all_factors(true, i0, own);
+  const int k = thread_index() % kColumns;
+  const int t = thread_index() / kColumns;
+  OneStatistic statistic = {};
+  if (t < x.plan.columns.count) statistic = weights.read_statistic(false, t, k);
+  int target = weights.read_target(false, k);
   typename Team::Sums sums = {};
   int stage = 0;
   for (int j0 = 0; j0 < operands.b.count; j0 += kColumns) {
     wait_for_copies<0>();
     sync_threads();
     // What this overwrites was multiplied by everyone before they met.
-    if (j0 + kColumns < operands.b.count) {
-      copy_rows<kDepth, kColumns>(operands.b, operands.depth_bytes, j0 + kColumns, memory.tiles[1 - stage]);
+    const int next = j0 + kColumns;
+    if (next < operands.b.count) {
+      copy_rows<kDepth, kColumns>(operands.b, operands.depth_bytes, next, memory.tiles[1 - stage]);
     }
     commit_copies();
-    bool found = flagged || weights.has_self_pair(i0, j0) || j0 > operands.b.count - kColumns;
-    found |= k < kRows && weights.has_target(true, i0, j0, k);
-    if (k < kColumns) {
-      found |= weights.prepare_factors(false, j0, k);
+    bool found = flagged || weights.has_self_pair(i0, j0) || next > operands.b.count;
+    found |= own < kRows && weights.has_target(true, i0, j0, own);
+    if (t < x.plan.columns.count) {
+      found |= weights.prepare_factors(false, t, k, statistic);
+      statistic = weights.read_statistic(false, t, next + k);
+    }
+    if (t == 0) {
+      weights.prepare_target(false, k, target);
       found |= weights.has_target(false, i0, j0, k);
+      target = weights.read_target(false, next + k);
     }
     auto values = multiply_rows<Precision, kDepth>(memory.own, memory.tiles[stage]);
     weights.form(any_thread(found), i0, j0, values);

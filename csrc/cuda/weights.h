@@ -28,6 +28,12 @@ struct TileFactors : TileTags<kTagged> {
   AxisFactors columns;
 };
 
+// A term's log-sum-exp, sum or maximum at a row or column, and the loss's gradient with respect to it.
+struct OneStatistic {
+  float value;
+  float incoming;
+};
+
 // Tiles of S that become W in a team's registers. Arguments is WeightsArguments or GradientArguments, whose operands
 // may be exchanged: (j, i) of S is then at (i, j).
 template <class Arguments, class Team, bool kTagged>
@@ -39,27 +45,42 @@ class TileWeights {
   FASTCL_DEVICE TileWeights(const Arguments& x, Memory& memory)
       : x_(x), memory_(memory), scale_log2_(*x.s.scale * kLog2E), shift_log2_(shift_log2(x.s)) {}
 
-  // Leaves the factors of the tile's k-th row or column, of those from `first` on, in shared memory; whether it is
-  // flagged.
-  FASTCL_DEVICE bool prepare_factors(bool is_row, int first, int k) {
-    const int count = is_row ? x_.s.operands.a.count : x_.s.operands.b.count;
-    const Terms& terms = is_row ? x_.plan.rows : x_.plan.columns;
+  // What the t-th term along an axis came to at a row or column of it, neutral over the edge.
+  FASTCL_DEVICE OneStatistic read_statistic(bool is_row, int t, int index) const {
+    const int count = axis_count(is_row);
+    if (index >= count) return {-kInfinity, 0.0f};
     const Statistics& statistics = is_row ? x_.rows : x_.columns;
+    const int64_t at = static_cast<int64_t>(t) * count + index;
+    return {statistics.values[at], statistics.incoming[at]};
+  }
+
+  // Leaves the factors of a term for the tile's k-th row or column in shared memory; whether it is flagged.
+  FASTCL_DEVICE bool prepare_factors(bool is_row, int t, int k, OneStatistic statistic) {
     AxisFactors& factors = is_row ? memory_.rows : memory_.columns;
-    const bool inside = first + k < count;
+    factors.incoming[t][k] = statistic.incoming;
+    if ((is_row ? x_.plan.rows : x_.plan.columns).at[t].reduce != Reduce::kLogSumExp) return false;
+    const float lse = statistic.value;
+    const float excess = lse - *x_.s.shift;
+    factors.lse_log2[t][k] = lse == -kInfinity ? kInfinity : lse * kLog2E;
+    factors.ratio[t][k] = exp2_fast(shift_log2_ - factors.lse_log2[t][k]);
+    return (excess < x_.flag_below && lse > -kInfinity) || excess > kLargestExcess;
+  }
+
+  // Of all terms, for the k-th of those rows or columns that begin at `first`, and its target.
+  FASTCL_DEVICE bool prepare_all_factors(bool is_row, int first, int k) {
     bool found = false;
-    for (int t = 0; t < terms.count; ++t) {
-      const int64_t at = static_cast<int64_t>(t) * count + first + k;
-      const float lse = inside ? statistics.values[at] : -kInfinity;
-      factors.incoming[t][k] = inside ? statistics.incoming[at] : 0.0f;
-      if (terms.at[t].reduce != Reduce::kLogSumExp) continue;
-      const float excess = lse - *x_.s.shift;
-      found |= (excess < x_.flag_below && lse > -kInfinity) || excess > kLargestExcess;
-      factors.lse_log2[t][k] = lse == -kInfinity ? kInfinity : lse * kLog2E;
-      factors.ratio[t][k] = exp2_fast(shift_log2_ - factors.lse_log2[t][k]);
+    for (int t = 0; t < (is_row ? x_.plan.rows : x_.plan.columns).count; ++t) {
+      found |= prepare_factors(is_row, t, k, read_statistic(is_row, t, first + k));
     }
-    if (has_targets(is_row)) factors.targets[k] = inside ? x_.s.target[first + k] : -1;
+    prepare_target(is_row, k, read_target(is_row, first + k));
     return found;
+  }
+
+  FASTCL_DEVICE int read_target(bool is_row, int index) const {
+    return has_targets(is_row) && index < axis_count(is_row) ? x_.s.target[index] : -1;
+  }
+  FASTCL_DEVICE void prepare_target(bool is_row, int k, int target) {
+    if (has_targets(is_row)) (is_row ? memory_.rows : memory_.columns).targets[k] = target;
   }
 
   // Whether the target of the k-th row or column, which this thread has prepared, is in the tile at (i0, j0).
@@ -92,6 +113,8 @@ class TileWeights {
   using Part = float[kPartRows][kPartColumns];
   using PartPairs = PairSet<kPartRows, kPartColumns>;
   using PartSets = TagSets<kPartRows, kPartColumns>;
+
+  FASTCL_DEVICE int axis_count(bool is_row) const { return is_row ? x_.s.operands.a.count : x_.s.operands.b.count; }
 
   // Whether rows, or columns, are those of S that have targets.
   FASTCL_DEVICE bool has_targets(bool is_row) const {
@@ -231,7 +254,7 @@ class Weights {
 #pragma unroll
     for (int axis = Team::thread() / kTile; axis < 2; axis += Team::kThreads / kTile) {
       const int k = Team::thread() % kTile;
-      found |= weights_.prepare_factors(axis == 0, axis == 0 ? i0 : j0, k);
+      found |= weights_.prepare_all_factors(axis == 0, axis == 0 ? i0 : j0, k);
       found |= weights_.has_target(axis == 0, i0, j0, k);
     }
     return Team::any(found);
