@@ -7,6 +7,7 @@ type of its device.
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import shutil
 import subprocess
@@ -238,7 +239,7 @@ def test_sums_in_registers_of_one_operand(registers: list[str]) -> None:
     assert torch.equal(both.b, only_b.b)
 
 
-def test_where_sums_are_in_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_sums_are_in_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where a table says so, in half precision, without tags; panels of W otherwise."""
 
     def taken(plan: Plan, dim: int, dtype: torch.dtype = torch.bfloat16) -> bool:
@@ -246,8 +247,9 @@ def test_where_sums_are_in_registers(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("FASTCL_CUDA_KERNELS", raising=False)
     assert not any(taken(SYMMETRIC, dim) for dim in (16, 64, 128, 256))
-    measured = replace(tuning.table(None), cuda_registers={"half": (64, 256)})
-    monkeypatch.setattr(tuning, "table", lambda capability: measured)
+    content = json.loads((Path(tuning.__file__).parent / "default.json").read_text())
+    (tmp_path / "measured.json").write_text(json.dumps(content | {"cuda_registers": {"half": [64, 256]}}))
+    monkeypatch.setattr(tuning, "table", lambda capability: tuning._read(tmp_path / "measured.json"))
     assert [dim for dim in (1, 63, 64, 65, 128, 129, 256, 257) if taken(SYMMETRIC, dim)] == [1, 63, 64, 129, 256]
     assert not taken(SUP_CON, 64)
     assert not taken(SYMMETRIC, 64, torch.float32)

@@ -144,6 +144,7 @@ class _Inputs(NamedTuple):
         return (*vectors, *self.row_tags, *self.column_tags, *numbers, _term_codes(plan), *how)
 
     def without_tags(self, plan: Plan) -> tuple[Any, ...]:
+        """What the kernels with sums in registers take."""
         vectors = (self.a, self.b, self.scale, self.shift, self.target)
         return (*vectors, self.self_offset, self.flag_below, _term_codes(plan), plan.symmetric)
 

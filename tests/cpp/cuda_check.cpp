@@ -90,6 +90,7 @@ constexpr Case kCases[] = {
     {"info_nce", kInfoNce, kNone, false, 290, 131, 17, -40, 15.0f, Hurt::kNone},
     {"targets", kInfoNce, kTargetColumns, false, 129, 385, 33, 200, 100.0f, Hurt::kRows},
     {"targets_hurt", kInfoNce, kTargetColumns, false, 140, 200, 100, 20, 100.0f, Hurt::kColumns},
+    {"others_hurt", kOthers, kOnlyLse, false, 200, 290, 24, 40, 100.0f, Hurt::kRows},
     {"columns", kNone, kOnlyLse, false, 130, 129, 8, 0, 5.0f, Hurt::kNone},
     {"clip_deep", kClipRows, kClipColumns, false, 270, 260, 330, 3, 20.0f, Hurt::kNone},
     {"nt_xent_deep", kNtXent, kNone, true, 400, 400, 250, 0, 20.0f, Hurt::kNone},
