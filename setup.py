@@ -194,6 +194,8 @@ ENGINE = Extension(
                 "gradient",
                 "cross_entropy",
                 "sigmoid",
+                "pairs",
+                "triplets",
             )
         ),
         *(f"csrc/cpu/{name}" for name in level_sources()),

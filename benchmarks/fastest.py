@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         return 0
     capability = properties.major, properties.minor
     path, content = tune.table_file(options.out, capability, properties.name, properties.shared_memory_per_block_optin)
-    tune.replace(path, merged(content, found))
+    tune.write(path, merged(content, found))
     for entry in found:
         print(*entry.values())
     print(f"wrote {len(found)} entries to {path}")

@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -35,6 +36,8 @@ GAIN = 0.98
 """A candidate wins only if it takes less than this share of the default's time: the rest is noise."""
 _ACCUMULATORS = (8, 128)
 """Fewest and most elements of a tile of S that a thread may hold."""
+_WAYS = ((True, False), (False, False), (True, True), (False, True))
+"""Whether operands come by TMA and whether programs persist, in the order in which they are tried."""
 
 
 class Job(NamedTuple):
@@ -78,16 +81,19 @@ class Bench(Protocol):
         """The median time of a call."""
 
 
-def candidates(job: Job, most_shared_memory: int, itemsize: int) -> list[tuning.Config]:
-    """Block sizes that a launch could accept."""
+def candidates(
+    job: Job, most_shared_memory: int, itemsize: int, capability: tuple[int, int] = (8, 0)
+) -> list[tuning.Config]:
+    """Block sizes that a launch could accept, and the ways to go through them on a device of this capability."""
     sides, depths, piece = (32, 64, 128, 256), (32, 64, 128), 64
     if job.base == "registers":
         depths, piece = (32, 64, 128, 256), 16
+    ways = _WAYS if job.base in ("sweep", "weights") and capability >= (9, 0) else ((False, False),)
     found = []
     for m, n, d, warps, stages in itertools.product(sides, sides, depths, (4, 8), (2, 3, 4)):
         config = tuning.Config(m, n, d, warps, stages, piece)
         if reason_against(config, job, most_shared_memory, itemsize) is None:
-            found.append(config)
+            found += [replace(config, tma=tma, persistent=persistent) for tma, persistent in ways]
     return found
 
 
@@ -255,11 +261,11 @@ def write_table(
 ) -> Path:
     """Merges what was found into the device's file."""
     path, content = table_file(folder, capability, device, shared)
-    replace(path, merged(content, found))
+    write(path, merged(content, found))
     return path
 
 
-def replace(path: Path, content: Mapping[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a table, as one step that an interruption can't leave half done."""
     scratch = path.with_suffix(".new")
     scratch.write_text(formatted(content))
@@ -273,7 +279,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--precisions", type=_parts(tuple(DTYPES)), default=("half",), help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--dims", type=_numbers, default=(64, 128, 256, 512, 1024, 2048), help="values of D")
     parser.add_argument("--rows", type=int, default=16384, help="rows of S that are timed")
-    parser.add_argument("--most", type=int, default=40, help="candidates tried for each entry")
+    parser.add_argument("--most", type=int, default=80, help="candidates tried for each entry")
     parser.add_argument("--out", type=Path, default=Path(tuning.__file__).parent, help="folder of the tables")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -289,7 +295,7 @@ def main(arguments: list[str]) -> int:
     jobs.sort(key=lambda job: job.d)
 
     def candidates_of(job: Job) -> list[tuning.Config]:
-        fitting = candidates(job, shared, 2 if job.precision == "half" else 4)
+        fitting = candidates(job, shared, 2 if job.precision == "half" else 4, capability)
         return ordered(fitting, job, capability, options.rows)[: options.most]
 
     bench = KernelBench(options.rows, "cuda")

@@ -297,6 +297,115 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sigmoid(Tensor a, Ten
   return {costs, grad_a, grad_b, new_scalar(a, inner), new_scalar(a, sum), grad_shifts};
 }
 
+const float* optional_vectors(const std::optional<Tensor>& tensor, int vectors, int64_t size, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  return vector_of<float>(*tensor, ScalarType::Float, vectors, size, name);
+}
+
+void check_squares(const float* rows, const float* columns) {
+  STD_TORCH_CHECK((rows == nullptr) == (columns == nullptr), "rows and columns need squared norms, both or none");
+}
+
+// What a sweep over every pair makes: values of the rows, the products, and `slopes` sums along rows and columns.
+struct PairOutputs {
+  bool wants_a;
+  bool needs_b;
+  bool sums;
+  Tensor values;
+  Tensor a;
+  Tensor b;
+  Tensor rows;
+  Tensor columns;
+
+  PairOutputs(const Tensor& like, const cpu::Problem& problem, int outputs, int slopes, bool needs_a, bool needs_b,
+              bool needs_scale)
+      : wants_a(needs_a || (needs_scale && !needs_b)),
+        needs_b(needs_b),
+        sums(slopes > 0),
+        values(new_float(like, outputs, problem.a.rows)),
+        a(new_float(like, wants_a ? problem.a.rows : 0, wants_a ? problem.a.depth : 0)),
+        b(new_float(like, needs_b ? problem.b.rows : 0, needs_b ? problem.a.depth : 0)),
+        rows(new_float(like, slopes, problem.a.rows)),
+        columns(new_float(like, slopes, problem.b.rows)) {
+    STD_TORCH_CHECK(sums || !(needs_a || needs_b || needs_scale), "gradients need those with respect to the outputs");
+  }
+
+  cpu::PairResults results() {
+    return {values.mutable_data_ptr<float>(), wants_a ? a.mutable_data_ptr<float>() : nullptr,
+            needs_b ? b.mutable_data_ptr<float>() : nullptr, sums ? rows.mutable_data_ptr<float>() : nullptr,
+            sums ? columns.mutable_data_ptr<float>() : nullptr};
+  }
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> finish(const cpu::Problem& problem,
+                                                                    const cpu::Workers& threads) {
+    double inner = 0.0;
+    const cpu::PairResults made = results();
+    if (needs_b) inner = cpu::finish(problem.b, threads, nullptr, problem.scale, made.b);
+    if (wants_a) inner = cpu::finish(problem.a, threads, nullptr, problem.scale, made.a);
+    return {values, a, b, new_scalar(values, inner), rows, columns};
+  }
+};
+
+// What a function of every pair makes of the rows, the gradients of a, b and the scale, and the sums of W and of the
+// gradient with respect to the first given parameter along rows and along columns; empty where not wanted.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pairs(
+    Tensor a, Tensor b, double scale, double bias, int64_t function, Tensor numbers, std::optional<Tensor> row_squares,
+    std::optional<Tensor> column_squares, std::optional<Tensor> row_given, std::optional<Tensor> column_given,
+    OptionalTensors guide, double guide_scale, std::optional<Tensor> incoming, OptionalTensors tags, int64_t row0,
+    bool needs_a, bool needs_b, bool needs_scale) {
+  const cpu::Problem problem = make_operands(a, b, scale, tags, row0, 0);
+  STD_TORCH_CHECK(function >= 0 && function < cpu::kPairFunctions, "there is no such function");
+  const cpu::PairShape shape = cpu::shape_of(static_cast<cpu::PairFunction>(function));
+  const cpu::Workers threads = workers();
+  const int64_t n = problem.a.rows;
+  const int64_t m = problem.b.rows;
+  const cpu::PairOperands operands{static_cast<cpu::PairFunction>(function),
+                                   static_cast<float>(bias),
+                                   vector_of<float>(numbers, ScalarType::Float, 1, 2, "numbers"),
+                                   optional_vectors(row_squares, 1, n, "row_squares"),
+                                   optional_vectors(column_squares, 1, m, "column_squares"),
+                                   optional_vectors(row_given, shape.row_given, n, "row_given"),
+                                   optional_vectors(column_given, shape.column_given, m, "column_given"),
+                                   optional_vectors(incoming, shape.incoming, n, "incoming")};
+  STD_TORCH_CHECK((operands.row_given != nullptr) == (shape.row_given > 0) &&
+                      (operands.column_given != nullptr) == (shape.column_given > 0),
+                  "the function has other parameters");
+  check_squares(operands.row_squares, operands.column_squares);
+  std::optional<cpu::Problem> second;
+  if (!guide.empty()) {
+    STD_TORCH_CHECK(guide.size() == 2 && guide[0].has_value() && guide[1].has_value(), "guide must be two matrices");
+    second = make_operands(*guide[0], *guide[1], guide_scale, {}, 0, 0);
+    STD_TORCH_CHECK(second->a.rows == n && second->b.rows == m, "guide must have as many rows as a and b");
+  }
+  STD_TORCH_CHECK(second.has_value() == (operands.function == cpu::PairFunction::kSoftTargets),
+                  "the function has another number of similarities");
+  PairOutputs outputs(a, problem, shape.outputs, operands.incoming == nullptr ? 0 : shape.slopes, needs_a, needs_b,
+                      needs_scale);
+  cpu::pair_panels(problem, second.has_value() ? &*second : nullptr, threads, operands, outputs.results());
+  return outputs.finish(problem, threads);
+}
+
+// The same of all triplets, whose values are costs and numbers.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> triplets(
+    Tensor a, Tensor b, double scale, double bias, double margin, bool semihard, std::optional<Tensor> row_squares,
+    std::optional<Tensor> column_squares, std::optional<Tensor> incoming, OptionalTensors tags, int64_t row0,
+    bool needs_a, bool needs_b, bool needs_scale) {
+  const cpu::Problem problem = make_operands(a, b, scale, tags, row0, 0);
+  const int64_t n = problem.a.rows;
+  const int64_t m = problem.b.rows;
+  const cpu::Triplets operands{static_cast<float>(bias),
+                               static_cast<float>(margin),
+                               semihard,
+                               optional_vectors(row_squares, 1, n, "row_squares"),
+                               optional_vectors(column_squares, 1, m, "column_squares"),
+                               optional_vector(incoming, n, "incoming")};
+  check_squares(operands.row_squares, operands.column_squares);
+  PairOutputs outputs(a, problem, 2, operands.incoming == nullptr ? 0 : 1, needs_a, needs_b, needs_scale);
+  const cpu::Workers threads = workers();
+  cpu::all_triplets(problem, threads, operands, outputs.results());
+  return outputs.finish(problem, threads);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastcl_cpu, m) {
@@ -317,6 +426,15 @@ STABLE_TORCH_LIBRARY(fastcl_cpu, m) {
       "int row0, bool needs_a, bool needs_b, bool needs_scale, bool needs_shifts, bool needs_costs) -> (Tensor, "
       "Tensor, "
       "Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "pairs(Tensor a, Tensor b, float scale, float bias, int function, Tensor numbers, Tensor? row_squares, Tensor? "
+      "column_squares, Tensor? row_given, Tensor? column_given, Tensor?[] guide, float guide_scale, Tensor? incoming, "
+      "Tensor?[] tags, int row0, bool needs_a, bool needs_b, bool needs_scale) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
+  m.def(
+      "triplets(Tensor a, Tensor b, float scale, float bias, float margin, bool semihard, Tensor? row_squares, Tensor? "
+      "column_squares, Tensor? incoming, Tensor?[] tags, int row0, bool needs_a, bool needs_b, bool needs_scale) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcl_cpu, CPU, m) {
@@ -324,6 +442,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastcl_cpu, CPU, m) {
   m.impl("gradient", TORCH_BOX(&gradient));
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
   m.impl("sigmoid", TORCH_BOX(&sigmoid));
+  m.impl("pairs", TORCH_BOX(&pairs));
+  m.impl("triplets", TORCH_BOX(&triplets));
 }
 
 namespace {

@@ -116,7 +116,8 @@ cuda::Similarity similarity(const Tensor& a, const std::optional<Tensor>& b, con
   return s;
 }
 
-// `terms` is int64 [T, 7]: reduce, axis (0 row, 1 column), and the tests of the mask; see fastcl/backends/cuda.py.
+// `terms` is int64 [T, 7]: reduce, axis (0 row, 1 column), and the tests of the mask; see
+// fastcl/backends/cuda/__init__.py.
 cuda::Plan make_plan(const Tensor& terms, bool symmetric, const cuda::Similarity& s) {
   constexpr int64_t kCodes = 7;
   STD_TORCH_CHECK(terms.dim() == 2 && terms.size(1) == kCodes && terms.is_contiguous() && terms.is_cpu(),
@@ -192,6 +193,22 @@ void set_statistics(Arguments& call, const Tensor& rows, const Tensor& columns, 
   if (multiplier.has_value()) call.multiplier = numbers(*multiplier, 1, "multiplier");
 }
 
+cuda::Panel panel(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end, int64_t n, int64_t m) {
+  STD_TORCH_CHECK(0 <= row_begin && row_begin < row_end && row_end <= n && 0 <= column_begin &&
+                      column_begin < column_end && column_end <= m,
+                  "the panel lies outside of S");
+  return {static_cast<int>(row_begin), static_cast<int>(row_end), static_cast<int>(column_begin),
+          static_cast<int>(column_end), false};
+}
+
+// Of the memory that a panel of W goes to.
+int64_t panel_pitch(const Tensor& out, const Tensor& a, const cuda::Panel& panel) {
+  STD_TORCH_CHECK(out.scalar_type() == a.scalar_type() && out.size(0) >= cuda::tiles_down(panel) * cuda::kTile &&
+                      out.size(1) >= cuda::tiles_across(panel) * cuda::kTile,
+                  "out must have a's dtype and room for whole tiles");
+  return vectors(out, "out").pitch;
+}
+
 // W[row_begin:row_end, column_begin:column_end] into `out`, whose size is a whole number of tiles.
 void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std::optional<Tensor> target,
              std::optional<Tensor> row_labels, std::optional<Tensor> row_ids, std::optional<Tensor> row_threshold,
@@ -209,20 +226,12 @@ void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std:
   const int64_t n = call.s.shape.rows;
   const int64_t m = call.s.shape.columns;
   set_statistics(call, rows, columns, grad_rows, grad_columns, multiplier);
-  STD_TORCH_CHECK(0 <= row_begin && row_begin < row_end && row_end <= n && 0 <= column_begin &&
-                      column_begin < column_end && column_end <= m,
-                  "the panel lies outside of S");
+  call.panel = panel(row_begin, row_end, column_begin, column_end, n, m);
   STD_TORCH_CHECK(!mirror || (symmetric && row_begin == column_begin && row_end == column_end),
                   "a mirrored panel lies on the diagonal of a symmetric plan");
-  call.panel = {static_cast<int>(row_begin), static_cast<int>(row_end), static_cast<int>(column_begin),
-                static_cast<int>(column_end), mirror};
-  const cuda::Vectors panel = vectors(out, "out");
-  const auto whole = [](int64_t count) { return cuda::ceil_div(count, cuda::kTile) * cuda::kTile; };
-  STD_TORCH_CHECK(out.scalar_type() == a.scalar_type() && out.size(0) >= whole(row_end - row_begin) &&
-                      out.size(1) >= whole(column_end - column_begin),
-                  "out must have a's dtype and room for whole tiles");
+  call.panel.mirror = mirror;
+  call.out_pitch = panel_pitch(out, a, call.panel);
   call.out = static_cast<unsigned char*>(out.mutable_data_ptr());
-  call.out_pitch = panel.pitch;
   const cuda::Dtype type = dtype(a, high_precision);
   check(cuda::weights(type, path(type, hopper), call, reinterpret_cast<void*>(stream)));
 }
@@ -248,6 +257,69 @@ Tensor gradient(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, s
   return out;
 }
 
+// Numbers of rows or columns, [k, count].
+cuda::Numbers numbers_of(const std::optional<Tensor>& tensor, int64_t count, const char* name) {
+  if (!tensor.has_value()) return {nullptr, 0, static_cast<int>(count)};
+  STD_TORCH_CHECK(tensor->dim() == 2, name, " must be a matrix");
+  return {numbers(*tensor, tensor->size(0) * count, name), static_cast<int>(tensor->size(0)), static_cast<int>(count)};
+}
+
+float* results(std::optional<Tensor>& tensor, int64_t size, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  numbers(*tensor, size, name);
+  return tensor->mutable_data_ptr<float>();
+}
+
+// A function of pairs over the panel of S; the codes of functions are in fastcl/backends/cuda/pairs.py.
+void pairs(int64_t function, double first_constant, double second_constant, Tensor a, Tensor b, Tensor scale,
+           Tensor bias, std::optional<Tensor> row0, std::optional<Tensor> row_params,
+           std::optional<Tensor> column_params, std::optional<Tensor> incoming, std::optional<Tensor> found,
+           std::optional<Tensor> row_labels, std::optional<Tensor> row_ids, std::optional<Tensor> column_labels,
+           std::optional<Tensor> column_ids, std::optional<Tensor> guide, std::optional<Tensor> multiplier,
+           bool high_precision, int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end,
+           std::optional<Tensor> sums, std::optional<Tensor> row_weights, std::optional<Tensor> column_weights,
+           std::optional<Tensor> column_gradients, std::optional<Tensor> out, int64_t stream) {
+  STD_TORCH_CHECK(0 <= function && function < cuda::kPairFunctions, "there is no such function of pairs");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "a and b must have one dtype");
+  STD_TORCH_CHECK(a.size(1) == b.size(1), "a and b must have rows of one length");
+  cuda::PairsArguments call{};
+  call.function = static_cast<cuda::PairFunction>(function);
+  call.constants[0] = static_cast<float>(first_constant);
+  call.constants[1] = static_cast<float>(second_constant);
+  call.operands = {vectors(a, "a"), vectors(b, "b"), static_cast<int>(a.size(1) * element_bytes(a))};
+  const int64_t n = call.operands.a.count;
+  const int64_t m = call.operands.b.count;
+  call.scale = numbers(scale, 1, "scale");
+  call.bias = numbers(bias, 1, "bias");
+  call.row0 = reinterpret_cast<const int64_t*>(integers(row0, 1, "row0"));
+  call.row_params = numbers_of(row_params, n, "row_params");
+  call.column_params = numbers_of(column_params, m, "column_params");
+  call.incoming = numbers_of(incoming, n, "incoming");
+  call.found = numbers_of(found, n, "found");
+  STD_TORCH_CHECK(row_labels.has_value() == column_labels.has_value() && row_ids.has_value() == column_ids.has_value(),
+                  "rows and columns must have the same tags");
+  call.row_tags = tags(row_labels, row_ids, std::nullopt, n);
+  call.column_tags = tags(column_labels, column_ids, std::nullopt, m);
+  if (multiplier.has_value()) call.multiplier = numbers(*multiplier, 1, "multiplier");
+  call.panel = panel(row_begin, row_end, column_begin, column_end, n, m);
+  const int64_t rows = row_end - row_begin;
+  const int64_t columns = column_end - column_begin;
+  if (guide.has_value()) call.guide = numbers(*guide, rows * columns, "guide");
+  const int64_t slots = cuda::tiles_across(call.panel);
+  if (sums.has_value()) {
+    call.number_of_sums = static_cast<int>(sums->size(0));
+    call.sums = results(sums, call.number_of_sums * slots * rows, "sums");
+  }
+  call.row_weights = results(row_weights, slots * rows, "row_weights");
+  call.column_weights = results(column_weights, cuda::tiles_down(call.panel) * columns, "column_weights");
+  call.column_gradients = results(column_gradients, cuda::tiles_down(call.panel) * columns, "column_gradients");
+  if (out.has_value()) {
+    call.out_pitch = panel_pitch(*out, a, call.panel);
+    call.out = static_cast<unsigned char*>(out->mutable_data_ptr());
+  }
+  check(cuda::pairs(dtype(a, high_precision), call, reinterpret_cast<void*>(stream)));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastcl_cuda, m) {
@@ -267,12 +339,20 @@ STABLE_TORCH_LIBRARY(fastcl_cuda, m) {
       "gradient(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, int self_offset, float flag_below, "
       "Tensor terms, bool symmetric, Tensor rows, Tensor columns, Tensor grad_rows, Tensor grad_columns, "
       "Tensor? multiplier, bool transposed, int stream) -> Tensor");
+  m.def(
+      "pairs(int function, float first_constant, float second_constant, Tensor a, Tensor b, Tensor scale, "
+      "Tensor bias, Tensor? row0, Tensor? row_params, Tensor? column_params, Tensor? incoming, Tensor? found, "
+      "Tensor? row_labels, Tensor? row_ids, Tensor? column_labels, Tensor? column_ids, Tensor? guide, "
+      "Tensor? multiplier, bool high_precision, int row_begin, int row_end, int column_begin, int column_end, "
+      "Tensor(a!)? sums, Tensor(b!)? row_weights, Tensor(c!)? column_weights, Tensor(d!)? column_gradients, "
+      "Tensor(e!)? out, int stream) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcl_cuda, FASTCL_DISPATCH_KEY, m) {
   m.impl("statistics", TORCH_BOX(&statistics));
   m.impl("weights", TORCH_BOX(&weights));
   m.impl("gradient", TORCH_BOX(&gradient));
+  m.impl("pairs", TORCH_BOX(&pairs));
 }
 
 namespace {

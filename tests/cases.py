@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastcl.engine import BACKENDS
-from tests.losses import LOSSES, PANELS, PLAIN, QUESTIONS, Loss
+from tests.losses import LOSSES, PLAIN, Loss
 
 
 @functools.cache
@@ -38,15 +38,14 @@ SHAPES = ((1, 3), (2, 1), (7, 5), (33, 17), (129, 65), (300, 96), (1030, 40))
 
 
 def shapes_of(loss: Loss, backend: str | None) -> tuple[tuple[int, int], ...]:
-    """All shapes for the losses that run as one operator, which is where tiles and panels are; else a few.
+    """All shapes for the losses with kernels of their own, which is where tiles and panels are; else a few.
 
-    A large one is for the engines, whose tiles are large. Some formulas over panels take memory of the order of
-    N * N * D or N * N * N.
+    A large one is for the engines, whose tiles are large.
     """
-    if loss.backends in (PANELS, PLAIN):
+    if loss.by_panels or loss.backends == PLAIN:
         return SHAPES[0], SHAPES[3], SHAPES[4]
     is_engine = backend in ("cpu", "triton", "cuda")
-    if (loss.one_operator or loss.backends == QUESTIONS) and not loss.variant:
+    if loss.thorough and not loss.variant:
         return SHAPES if is_engine else SHAPES[:-1]
     return SHAPES[0], SHAPES[3], SHAPES[-1 if is_engine else -2]
 

@@ -30,10 +30,8 @@ from fastcl.losses.sup_con import reference as sup_con_reference
 from fastcl.losses.triplet import reference as triplet_reference
 
 EVERY_BACKEND = ("dense", "tiled", "cpu", "triton", "cuda")
-PANELS = ("dense", "tiled")
-"""of a loss that looks at every single pair, in plain PyTorch"""
-QUESTIONS = (*PANELS, "cpu", "triton")
-"""of a loss that asks a yes-or-no question of every pair"""
+SORTED = ("dense", "tiled")
+"""of a loss that sorts each row of S, in plain PyTorch"""
 PLAIN = ("tiled",)
 """of a loss without a sweep"""
 
@@ -63,6 +61,11 @@ class Loss:
 
     sweeps: int
     """how often S is looked at for the value of the rows"""
+
+    by_panels: bool
+    """whether it is a function of every single pair, over panels of S; references of some take N * N * N memory"""
+    thorough: bool
+    """whether it has kernels of its own, which all shapes go through"""
 
     backends: tuple[str | None, ...]
     """those that may compute it, or None alone where there is nothing to choose"""
@@ -111,6 +114,8 @@ def _row(
     one_operator: bool = True,
     detached: bool = False,
     sweeps: int = 1,
+    by_panels: bool = False,
+    thorough: bool | None = None,
     backends: tuple[str | None, ...] = EVERY_BACKEND,
 ) -> Loss:
     """A loss whose options ``given`` makes of the features, for call and reference alike."""
@@ -123,6 +128,8 @@ def _row(
         one_operator,
         detached,
         sweeps,
+        by_panels,
+        one_operator if thorough is None else thorough,
         backends,
     )
 
@@ -211,6 +218,7 @@ def _labelled(
     call: Callable[..., Tensor],
     reference: Callable[..., Tensor],
     passes: tuple[float, tuple[float, float], float],
+    backends: tuple[str | None, ...] = EVERY_BACKEND,
     **options: object,
 ) -> Loss:
     """A loss of the distances between rows of a few rows each, some of which are duplicates."""
@@ -226,7 +234,8 @@ def _labelled(
         passes,
         lambda x: {"labels": tag(len(x[0]), len(x[0]) // 4 + 2, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
         one_operator=False,
-        backends=PANELS,
+        by_panels=True,
+        backends=backends,
     )
 
 
@@ -446,7 +455,7 @@ LOSSES = (
         (8, (4.0, 8.0), 6),
         one_operator=False,
         sweeps=2,
-        backends=PANELS,
+        by_panels=True,
     ),
     _row(
         "clip_distillation_ids",
@@ -457,7 +466,7 @@ LOSSES = (
         lambda x: {"ids": tag(len(x[0]), 5, x[0])},
         one_operator=False,
         sweeps=2,
-        backends=PANELS,
+        by_panels=True,
     ),
     *(
         _row(
@@ -469,7 +478,7 @@ LOSSES = (
             lambda x, rule=rule: {"importance": rule},
             one_operator=False,
             detached=rule != "uniform",
-            backends=PANELS,
+            by_panels=True,
         )
         for rule in ("softmax", "uniform", "power")
     ),
@@ -480,7 +489,7 @@ LOSSES = (
         _CLIP,
         _ROWS,
         one_operator=False,
-        backends=QUESTIONS,
+        thorough=True,
     ),
     _row(
         "siglip_labels",
@@ -490,7 +499,7 @@ LOSSES = (
         _ROWS,
         lambda x: {"labels": tag(len(x[0]), 7, x[0]), "ids": tag(len(x[0]), 5, x[0], shift=2)},
         one_operator=False,
-        backends=QUESTIONS,
+        thorough=True,
     ),
     _row(
         "binary_nce",
@@ -499,7 +508,7 @@ LOSSES = (
         _VIEWS,
         _ROWS,
         one_operator=False,
-        backends=QUESTIONS,
+        thorough=True,
     ),
     _row(
         "binary_nce_ratio",
@@ -513,7 +522,7 @@ LOSSES = (
             "ids": tag(len(x[0]), 5, x[0]),
         },
         one_operator=False,
-        backends=QUESTIONS,
+        thorough=True,
     ),
     *(
         _row(
@@ -549,7 +558,9 @@ LOSSES = (
         neg_margin=8.0,
     ),
     *(
-        _labelled(f"triplet_{mining}", fastcl.triplet_loss, triplet_reference, _ONE_SWEEP, mining=mining, margin=0.3)
+        _labelled(
+            f"triplet_{mining}", fastcl.triplet_loss, triplet_reference, _ONE_SWEEP, SORTED, mining=mining, margin=0.3
+        )
         for mining in ("all", "semihard")
     ),
     _labelled("triplet_hard", fastcl.triplet_loss, triplet_reference, _UNEVEN, mining="hard", margin=0.3),

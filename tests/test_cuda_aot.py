@@ -43,7 +43,9 @@ SWEEPS, WEIGHTS = ("sweep", "sweep_tagged"), ("weights", "weights_tagged")
 """The kernels for plans without tags and with."""
 GRADIENTS = {f"gradient_{depth}": blocks for depth, blocks in ((64, 3), (128, 2), (256, 2))}
 """The kernels with sums in registers, by the longest rows that they take: blocks that an SM holds."""
-BLOCKS = {(name, "Tf32x3"): 1 for name in (*SWEEPS, *WEIGHTS)} | {("redo", precision): 1 for precision in PRECISIONS}
+BLOCKS = {(name, "Tf32x3"): 1 for name in (*SWEEPS, *WEIGHTS, "pairs")} | {
+    ("redo", precision): 1 for precision in PRECISIONS
+}
 BLOCKS |= {(name, precision): blocks for name, blocks in GRADIENTS.items() for precision in HOPPER_PRECISIONS}
 """Blocks that an SM of compute capability 8.0 or 9.0 holds, where not 2."""
 BLOCKS_ON_89 = {"gradient_64": 2}
@@ -121,7 +123,7 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Kernel], str]
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_instantiation_is_there(architecture: str, kernels: Callable[[str], list[Kernel]]) -> None:
     names = Counter((kernel.name, kernel.precision) for kernel in kernels(architecture))
-    of_precision = {(name, precision): 1 for name in (*SWEEPS, *WEIGHTS, "redo") for precision in PRECISIONS}
+    of_precision = {(name, precision): 1 for name in (*SWEEPS, *WEIGHTS, "redo", "pairs") for precision in PRECISIONS}
     in_registers = {(name, precision): 1 for name in GRADIENTS for precision in HOPPER_PRECISIONS}
     assert names == of_precision | in_registers | {("combine", ""): 1}
 
@@ -220,7 +222,7 @@ def test_the_extension_builds_and_loads(tmp_path: Path) -> None:
     run = partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True)
     built = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"])
     assert built.returncode == 0, built.stdout + built.stderr
-    program = "from fastcl.backends import cuda; print(cuda.unavailable()); print(cuda._extension().HAS_HOPPER)"
+    program = "from fastcl.backends.cuda import binding as b; print(b.unavailable()); print(b.extension().HAS_HOPPER)"
     loaded = run([sys.executable, "-c", program])
     unavailable = "None" if torch.cuda.is_available() else "there is no CUDA device"
     assert loaded.stdout.splitlines() == [unavailable, "1"], loaded.stderr

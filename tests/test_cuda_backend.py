@@ -7,6 +7,7 @@ type of its device.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import shutil
@@ -23,7 +24,9 @@ import torch
 import fastcl
 from fastcl import engine, tuning
 from fastcl.backends import cuda, dense, panels
-from fastcl.terms import Axis, Mask, Operands, Plan, Reduce, Statistics, Tags, Term
+from fastcl.backends.cuda.binding import extension, load
+from fastcl.terms import Axis, Mask, Operands, PanelNeeds, Plan, Reduce, Statistics, Tags, Term
+from tests import panel_kernels
 from tests.cases import relative_error
 from tests.losses import LOSSES, Loss
 from tests.test_correctness import check_against_float64
@@ -68,6 +71,16 @@ EACH_PLAN = pytest.mark.parametrize(
     "plan",
     [SYMMETRIC, BOTH_AXES, SUP_CON, TAGS_ON_BOTH_AXES],
     ids=["symmetric", "both-axes", "sup_con", "tags-on-both-axes"],
+)
+PANEL_FUNCTIONS = [
+    (name, option)
+    for name, kernel in panel_kernels.KERNELS.items()
+    if kernel.function.kernel in cuda.PANEL_KERNELS
+    for option in kernel.options
+]
+EACH_OPTION = pytest.mark.parametrize(("name", "option"), PANEL_FUNCTIONS)
+EACH_FUNCTION = pytest.mark.parametrize(
+    ("name", "option"), list({name: (name, option) for name, option in PANEL_FUNCTIONS}.values())
 )
 EACH_LOSS = pytest.mark.parametrize(
     "loss", [loss for loss in LOSSES if "cuda" in loss.backends], ids=lambda loss: loss.name
@@ -114,9 +127,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "fastcl._cuda", module)
         patch.setattr(fastcl, "_cuda", module, raising=False)
-        cuda._load.cache_clear()
+        load.cache_clear()
         yield
-    cuda._load.cache_clear()
+    load.cache_clear()
 
 
 @pytest.fixture
@@ -129,13 +142,13 @@ def registers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Sums in registers wherever they can be; the operators that were called."""
     monkeypatch.setenv("FASTCL_CUDA_KERNELS", "registers")
     called = []
-    run = cuda._run
+    run = cuda.run
 
     def noted(name: str, *arguments: object) -> object:
         called.append(name)
         return run(name, *arguments)
 
-    monkeypatch.setattr(cuda, "_run", noted)
+    monkeypatch.setattr(cuda, "run", noted)
     return called
 
 
@@ -206,7 +219,7 @@ def test_several_panels_on_hopper(plan: Plan, dtype: torch.dtype, tolerance: flo
 @EACH_LOSS
 def test_sums_in_registers_agree_with_float64(loss: Loss, registers: list[str]) -> None:
     check_against_float64(loss, 75, 33, torch.float16, "cuda")
-    assert ("gradient" in registers) != ("weights" in registers)
+    assert not {"gradient", "weights"} <= set(registers)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
@@ -270,7 +283,7 @@ def test_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCL_CUDA_KERNELS", "hopper")
     assert cuda._takes_hopper(half)
     assert not cuda._takes_hopper(single)
-    monkeypatch.setattr(cuda._extension(), "HAS_HOPPER", 0)
+    monkeypatch.setattr(extension(), "HAS_HOPPER", 0)
     with pytest.raises(ValueError, match=r"not built for compute capability 9\.0"):
         cuda._takes_hopper(half)
     monkeypatch.setenv("FASTCL_CUDA_KERNELS", "blackwell")
@@ -392,3 +405,75 @@ def test_panels_cover_w_once(symmetric: bool) -> None:
             if symmetric and not panel.mirror:
                 covered[panel.columns, panel.rows] += 1
         assert covered.eq(1).all()
+
+
+@EACH_OPTION
+@pytest.mark.parametrize(("n", "m", "depth"), [(1, 1, 1), (1, 150, 3), (150, 2, 17), (131, 140, 40)])
+def test_panel_function(name: str, option: str, n: int, m: int, depth: int) -> None:
+    panel_kernels.check("cuda", name, *panel_kernels.make(name, option, n, m, depth))
+
+
+@EACH_FUNCTION
+@pytest.mark.parametrize(("dtype", "of_products"), [(torch.bfloat16, 2e3), (torch.float16, 3e2)], ids=["bf16", "fp16"])
+def test_panel_function_in_half_precision(name: str, option: str, dtype: torch.dtype, of_products: float) -> None:
+    panel_kernels.check("cuda", name, *panel_kernels.make(name, option, 60, 131, 20, dtype), of_products=of_products)
+
+
+@EACH_FUNCTION
+@pytest.mark.parametrize("row0", [140, -3, 2**40])
+def test_panel_function_of_a_shard(name: str, option: str, row0: int) -> None:
+    panel_kernels.check("cuda", name, *panel_kernels.make(name, option, 20, 150, 8, row0=row0))
+
+
+@EACH_FUNCTION
+def test_panel_function_in_several_panels(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcl.backends.cuda.pairs._MOST_PARTIALS", 1)
+    x, incoming = panel_kernels.make(name, option, 150, 260, 8)
+    with tuning.override(workspace_bytes=128 * 128 * 4):
+        panel_kernels.check("cuda", name, x, incoming)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "lifted", "energy_power"])
+def test_any_combination_of_gradients(name: str) -> None:
+    x, incoming = panel_kernels.make(name, "everything" if name == "sigmoid" else "labels", 33, 40, 5)
+    everything = panel_kernels.needs_of(name, x)
+    full = panel_kernels.run("cuda", name, x, incoming, everything)
+    for flags in itertools.product(*((False, True) if wanted else (False,) for wanted in everything)):
+        found = panel_kernels.run("cuda", name, x, incoming, PanelNeeds(*flags))
+        for field, needed, got, all_of_it in zip(PanelNeeds._fields, flags, found, full, strict=True):
+            assert (got is not None) == needed, field
+            if needed:
+                torch.testing.assert_close(got, all_of_it, rtol=1e-4, atol=1e-6)
+
+
+def test_panel_functions_of_rows_that_copies_cannot_read() -> None:
+    x, incoming = panel_kernels.make("contrastive", "ids", 33, 40, 20)
+    x = replace(x, a=x.a.t().contiguous().t(), b=x.b.repeat_interleave(2, 1)[:, ::2])
+    x = replace(x, row_params=x.row_params.double(), tags=Tags(x.tags.labels, x.tags.ids[None].mT[:, 0]))
+    panel_kernels.check("cuda", "contrastive", x, incoming)
+
+
+@pytest.mark.parametrize("name", list(dict(PANEL_FUNCTIONS)))
+def test_what_is_not_a_number_is_seen(name: str) -> None:
+    """And only where the function itself has it seen."""
+    x, incoming = panel_kernels.make(name, panel_kernels.KERNELS[name].options[-1], 40, 50, 8)
+    x.a[7, 3] = math.nan
+    needs = panel_kernels.needs_of(name, x)
+    want = panel_kernels.judge(name, x, incoming)
+    got = panel_kernels.run("cuda", name, x, incoming if any(needs[:6]) else None, needs)
+    for found, exact in zip(got, want, strict=True):
+        assert found is None or not (found.isnan() & ~exact.reshape(found.shape).isnan()).any()
+    if name == "hardest":
+        assert got.values[:, 7].eq(-1.0).all()
+    else:
+        assert torch.equal(got.values.isnan(), want.values.isnan())
+
+
+def test_what_panel_functions_refuse() -> None:
+    x, _ = panel_kernels.make("sigmoid", "plain", 5, 3, 4)
+    assert cuda.takes(x.a) is None
+    assert "float64" in cuda.takes(x.a.double())
+    assert "empty" in cuda.takes(x.a[:, :0])
+    assert "meta" in cuda.takes(x.a.to("meta"))
+    assert engine.select_panels("sigmoid", x)[0] != "cuda"
+    assert engine.select_panels("sigmoid", x, "cuda")[0] == "cuda"

@@ -39,6 +39,11 @@ def test_layouts_order_and_sizes(program: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_pairs_whatever_the_order(tmp_path: Path) -> None:
+    done = subprocess.run([build("cuda_pairs_check", tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_agree_with_float64(case: str, check: Path) -> None:
     """In four precisions, two of them on the Hopper path too, in different orders of warps and asynchronous copies."""

@@ -32,7 +32,7 @@ def row(provider: str, median_ms: object, loss: str = "clip", **values: object) 
 def _measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of Hopper's with entries, and no others."""
     content = fastest.merged(json.loads((TABLES / "sm_90.json").read_text()), ENTRIES)
-    tune.replace(tmp_path / "sm_90.json", content)
+    tune.write(tmp_path / "sm_90.json", content)
     monkeypatch.setattr(tuning, "tables", lambda: (tuning._read(tmp_path / "sm_90.json"), *_default()))
 
 
@@ -90,7 +90,7 @@ def test_merging_replaces_the_same_case(tmp_path: Path) -> None:
     again = fastest.merged(once, [ENTRIES[1] | {"fastest": "triton"}])
     assert [entry["fastest"] for entry in again["backends"]] == ["triton", "triton"]
     assert again["kernels"] == content["kernels"]
-    tune.replace(tmp_path / "new.json", again)
+    tune.write(tmp_path / "new.json", again)
     assert json.loads((tmp_path / "new.json").read_text()) == again
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,8 +11,10 @@ import torch
 import fastcl
 from fastcl import tuning
 from fastcl.backends import triton
+from fastcl.engine import BACKENDS
 from fastcl.losses.info_nce import reference as info_nce_reference
-from fastcl.terms import LossAndGradients, Needs, Plan
+from fastcl.terms import LossAndGradients, Needs, PanelOperands, Plan, Tags
+from tests import panel_kernels
 from tests.cases import (
     DTYPES,
     SHAPES,
@@ -121,6 +123,35 @@ def test_same_bits_every_time(loss: Loss, backend: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(gradients, runs[0][1], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tma", "persistent"),
+    [
+        (torch.bfloat16, True, False),
+        (torch.bfloat16, False, True),
+        (torch.bfloat16, True, True),
+        (torch.float32, True, True),
+    ],
+    ids=["tma", "persistent", "both", "both-float32"],
+)
+@pytest.mark.parametrize("loss", OF_EACH_SHAPE, ids=lambda loss: loss.name)
+def test_ways_through_the_tiles(
+    loss: Loss, dtype: torch.dtype, tma: bool, persistent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kernel at its table's tiles, and panels of W in place of sums in registers; the same bits every time."""
+    if tma and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip(f"{torch.cuda.get_device_name()} has no TMA")
+    look_up = tuning.lookup
+    monkeypatch.setattr(
+        tuning, "lookup", lambda *key, **shape: replace(look_up(*key, **shape), tma=tma, persistent=persistent)
+    )
+    monkeypatch.setattr(tuning, "registers", lambda *key: None)
+    check_against_float64(loss, 3001, 200, dtype, "triton", tau=0.05, device="cuda")
+    features = make_features(loss, 3001, 200, dtype, "cuda")
+    runs = [value_and_gradients(lambda: loss.call(features, 0.1, backend="triton"), features) for _ in range(2)]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert all(map(torch.equal, runs[0][1], runs[1][1]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("plan", [ALONG_ROWS, NO_POSITIVE], ids=["along-rows", "no-positive"])
 def test_panels_of_whole_rows(plan: Plan, dtype: torch.dtype) -> None:
@@ -153,6 +184,46 @@ def test_panels_of_whole_rows(plan: Plan, dtype: torch.dtype) -> None:
     for name, gradient in found_gradients(captured).items():
         assert torch.equal(gradient, again[name]), name
         assert relative_error(gradient.cpu(), gradients[name]) <= tolerance * (20 if name == "scale" else 1), name
+
+
+PANEL_KERNELS = [
+    (backend, name, option)
+    for backend in ENGINES
+    for name, kernel in panel_kernels.KERNELS.items()
+    if kernel.function.kernel in BACKENDS[backend].PANEL_KERNELS
+    for option in kernel.options
+]
+ROUNDING_OF_W = {torch.float32: 1.0, torch.float16: 300.0, torch.bfloat16: 1000.0}
+
+
+def on_gpu(x: PanelOperands) -> PanelOperands:
+    def move(part: object) -> object:
+        return part.cuda() if isinstance(part, torch.Tensor) else part
+
+    moved = {field.name: move(getattr(x, field.name)) for field in fields(x)}
+    tags = {name: Tags(*map(move, moved[name])) for name in ("tags", "key_tags")}
+    return PanelOperands(**moved | tags | {"guide": [move(part) for part in x.guide]})
+
+
+@pytest.mark.parametrize(("backend", "name", "option"), PANEL_KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("n", "m", "depth"), [(1, 1, 1), (97, 193, 513), (403, 301, 72)])
+def test_panel_kernels(backend: str, name: str, option: str, dtype: torch.dtype, n: int, m: int, depth: int) -> None:
+    x, incoming = panel_kernels.make(name, option, n, m, depth, dtype)
+    tolerances = {"tolerance": 1e-5, "of_products": ROUNDING_OF_W[dtype]}
+    panel_kernels.check(backend, name, on_gpu(x), incoming.cuda(), **tolerances)
+
+
+@pytest.mark.parametrize(("backend", "name", "option"), PANEL_KERNELS)
+def test_same_bits_of_panel_kernels(backend: str, name: str, option: str) -> None:
+    """From several panels, where a backend has them."""
+    x, incoming = panel_kernels.make(name, option, 2050, 1030, 96, torch.bfloat16, row0=3)
+    needs = panel_kernels.needs_of(name, x)
+    x, incoming = on_gpu(x), incoming.cuda() if any(needs[:6]) else None
+    with tuning.override(workspace_bytes=2 * 512 * 512):
+        first, *others = (panel_kernels.run(backend, name, x, incoming, needs) for _ in range(3))
+    for other in others:
+        assert all(one is two or torch.equal(one, two) for one, two in zip(first, other, strict=True))
 
 
 def test_more_than_two_to_the_31_elements() -> None:

@@ -141,7 +141,9 @@ def check(plan: Plan, operands: Operands, tolerance: float = 5e-6, gradient_tole
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the process it would start is this one")
-@pytest.mark.parametrize("name", ["interpreter", "masks", "panels", "sigmoid", "launches"])
+@pytest.mark.parametrize(
+    "name", ["interpreter", "masks", "panels", "sigmoid", "panel_functions", "launches", "variants"]
+)
 def test_cases_in_the_interpreter(name: str) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")

@@ -82,3 +82,28 @@ def test_no_more_launches(
         call(*features).backward()
     assert launches.kernels.total() <= kernels, dict(launches.kernels)
     assert launches.operators.total() <= operators, dict(launches.operators)
+
+
+LABELS = torch.arange(PAIRS) % 5
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("call", "sweeps"),
+    [
+        # Values, and W; the counts of active pairs must be known before the slope.
+        (lambda x, y: fastcl.contrastive_loss(x, LABELS, backend="triton"), 2),
+        (lambda x, y: fastcl.triplet_loss(x, LABELS, mining="hard", backend="triton"), 1),
+        # Log-sum-exps of negatives, then the pairs with their W, then the W of the former.
+        (lambda x, y: fastcl.lifted_structure_loss(x, LABELS, backend="triton"), 3),
+        # A log-sum-exp for the importance, then the energy with its W.
+        (lambda x, y: fastcl.alpha_cl_loss(x, y, 0.1, backend="triton"), 2),
+        (lambda x, y: fastcl.clip_distillation_loss(x, y, 10.0, x, y, 10.0, backend="triton"), 4),
+    ],
+    ids=["contrastive_loss", "triplet_loss, hard", "lifted_structure_loss", "alpha_cl_loss", "clip_distillation_loss"],
+)
+def test_no_more_sweeps(call: Callable[[Tensor, Tensor], Tensor], sweeps: int, launches: Launches) -> None:
+    features = [torch.randn(PAIRS, DIM, requires_grad=True) for _ in range(2)]
+    with launches:
+        call(*features).backward()
+    assert launches.kernels == {"panel_function_kernel": sweeps}

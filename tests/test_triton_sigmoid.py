@@ -20,7 +20,7 @@ from tests.test_triton_interpreter import WIDE_TILES, interpreted
 @pytest.fixture(autouse=True)
 def _small_panels(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles and panels in tiny shapes, and NaN wherever nothing was written."""
-    monkeypatch.setattr("fastcl.backends.triton.sigmoid._MOST_PARTIALS", 1, raising=False)
+    monkeypatch.setattr("fastcl.backends.triton.partials._MOST", 1)
     with tuning.override(WIDE_TILES, workspace_bytes=4 * 32 * 64):
         yield
 

@@ -103,6 +103,22 @@ def test_candidates_fit(kernel: str, d: int) -> None:
     assert set(found) < set(tune.candidates(job, 232_448, 2))
 
 
+@pytest.mark.parametrize("kernel", tune.KERNELS)
+def test_ways_of_devices_with_tma(kernel: str) -> None:
+    """Sweeps and panels are also tried by TMA and with persistent programs, each tile in each way early on."""
+    job = Job(kernel, "half", 64)
+    plain, found = (tune.candidates(job, 232_448, 2, capability) for capability in ((8, 9), (9, 0)))
+    assert not any(config.tma or config.persistent for config in plain)
+    if job.base not in ("sweep", "weights"):
+        assert found == plain
+        return
+    assert len(set(found)) == len(found) == 4 * len(plain)
+    assert set(plain) < set(found)
+    first = tune.ordered(found, job, (9, 0), 8192)
+    tiles = len({(config.block_m, config.block_n, config.num_warps) for config in found})
+    assert [(config.tma, config.persistent) for config in first[: 4 * tiles : tiles]] == list(tune._WAYS)
+
+
 @pytest.mark.parametrize(
     ("change", "kernel", "reason"),
     [
@@ -210,7 +226,8 @@ def test_real_kernels(kernel: str) -> None:
     from fastcl.backends.triton.plan import table_entry
 
     job = Job(kernel, "half", 32)
-    config = tuning.Config(16, 16, 32 if job.base == "registers" else 16, 4, 2)
+    described = job.base in ("sweep", "weights")
+    config = tuning.Config(16, 16, 32 if job.base == "registers" else 16, 4, 2, tma=described, persistent=described)
     bench = KernelBench(40, "cpu", budget_s=0.0)
     said: list[str] = []
     assert table_entry(job.base, PLANS[kernel.removeprefix(job.base).removeprefix("_")]) == kernel

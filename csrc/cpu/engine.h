@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../pair_terms.h"
+#include "pairs.h"
 
 namespace fastcl::cpu {
 
@@ -94,6 +95,48 @@ struct Questions {
 // Returns the sum of W. The problem has neither terms nor a target, and col0 = 0.
 double sigmoid_pairs(const Problem& problem, const Workers& workers, const Questions& questions, float* costs, float* a,
                      float* b, float* columns);
+
+// A function of every pair of S = scale * <a, b> + bias, whose outputs are summed (or else, see pairs.h) along rows;
+// the formulas are in pair_functions.h.
+struct PairOperands {
+  PairFunction function;
+  float bias;
+  const float* numbers;      // [2]
+  const float* row_squares;  // [a.rows], squared norms, or null where the distance is 1 - S
+  const float* column_squares;
+  const float* row_given;     // [row_given, a.rows] further parameters, as many as the function has
+  const float* column_given;  // [column_given, b.rows]
+  const float* incoming;      // [incoming, a.rows], the gradients of outputs; null where no gradient is wanted
+};
+
+// Null where not wanted. Sums of the gradient with respect to S are followed by those of the further parameter that the
+// function differentiates, if there is one.
+struct PairResults {
+  float* values;       // [outputs, a.rows]
+  float* a;            // products as above
+  float* b;            //
+  float* row_sums;     // [1 or 2, a.rows]
+  float* column_sums;  // [1 or 2, b.rows]
+};
+
+// `guide` is a second problem over as many rows, for the functions that look at two similarities, or null. Problems
+// have neither terms nor a target, and col0 = 0.
+void pair_panels(const Problem& problem, const Problem* guide, const Workers& workers, const PairOperands& operands,
+                 const PairResults& results);
+
+// Each row of S as the anchor of triplets: another row p of its label, and a row n of another label (and another id). A
+// triplet costs [d(p) - d(n) + margin]+; if semihard, only where d(n) > d(p).
+struct Triplets {
+  float bias;
+  float margin;
+  bool semihard;
+  const float* row_squares;  // as in PairOperands
+  const float* column_squares;
+  const float* incoming;  // [a.rows], null where no gradient is wanted
+};
+
+// The sums of costs and the numbers of those that aren't 0 are the values [2, a.rows].
+void all_triplets(const Problem& problem, const Workers& workers, const Triplets& triplets, const PairResults& results);
 
 // The rows of a matrix scaled to unit length, `pitch` numbers of its type apart, and 1 / norm of each (see rows.h).
 void normalize(const Matrix& matrix, const Workers& workers, void* unit, int64_t pitch, float* inverse);

@@ -1,4 +1,4 @@
-// exp2 in registers.
+// exp2 and logarithms in registers.
 #pragma once
 
 #include "vector.h"
@@ -30,6 +30,28 @@ inline Vector exp2(Vector t) {
   const IntVector field = bits > infinite ? infinite : bits;
   p *= (Vector)(field << 23);
   return t < -126.5f ? Vector{} : p;
+}
+
+// log(1 + e) for e in [0, 1], to 3 ulp; NaN for NaN. The polynomial log(1 + e) / e is the minimax one of degree 8 for
+// the relative error (0.5 ulp before its coefficients are rounded).
+inline Vector log1p(Vector e) {
+  Vector p = e * 5.232694093e-3f - 2.950523980e-2f;
+  p = p * e + 7.822595537e-2f;
+  p = p * e - 1.366324574e-1f;
+  p = p * e + 1.910600662e-1f;
+  p = p * e - 2.484298199e-1f;
+  p = p * e + 3.331909776e-1f;
+  p = p * e - 4.999949336e-1f;
+  p = p * e + 9.999999404e-1f;
+  return p * e;
+}
+
+// log2(x) for x >= 0, with an absolute error of 3e-7 beside 1 ulp; some -127 for 0 and NaN for NaN.
+inline Vector log2(Vector x) {
+  const IntVector bits = (IntVector)x;
+  const Vector exponent = __builtin_convertvector((bits >> 23) - 127, Vector);
+  const Vector mantissa = (Vector)((bits & 0x7fffff) | 0x3f800000);
+  return x != x ? x : exponent + log1p(mantissa - 1.0f) * kLog2E;
 }
 
 }  // namespace

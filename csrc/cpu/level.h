@@ -167,6 +167,29 @@ struct SigmoidPairs {
   LaneProduct b;
 };
 
+// A function of every pair, and what one sweep makes of it (see PairOperands and pairs.h). Values and sums have a set
+// for each lane.
+struct PairJob {
+  PairOperands operands;
+  PairShape shape;
+  const Sweep* guide;   // over the same tiles, or null
+  double* values;       // [lanes, outputs, x.rows]
+  double* row_sums;     // [lanes, slopes, x.rows], of W; null where not wanted
+  double* column_sums;  // [lanes, slopes, y.rows], of W; null where not wanted
+  LaneProduct a;
+  LaneProduct b;
+};
+
+// All triplets of each row as the anchor (see Triplets), from panels of sweep.row_block whole rows.
+struct TripletJob {
+  Triplets triplets;
+  float* values;        // [2, x.rows], the hinges and how many are active
+  float* row_sums;      // [x.rows], of W; null where no gradient is wanted
+  double* column_sums;  // [y.rows], of W; null where no gradient is wanted
+  float* a;             // W @ Y [x.rows, depth], null where not wanted
+  float* b;             // W.T @ X [y.rows, depth], null where not wanted
+};
+
 struct Level {
   const char* name;
   PackedSizes (*packed_sizes)(const Matrix&);
@@ -184,6 +207,12 @@ struct Level {
   // Adds that for one tile of columns.
   void (*panel_columns)(const Sweep&, const RowPanels&, int64_t panel, int64_t column, void* workspace);
   void (*sigmoid)(const Sweep&, const SigmoidPairs&, const Task&, void* workspace);
+  void (*pairs)(const Sweep&, const PairJob&, const Task&, void* workspace);
+  size_t (*triplet_bytes)(const Sweep&);
+  // Values and W @ Y of a panel. Its workspace then holds the panel's W.
+  void (*triplets)(const Sweep&, const TripletJob&, int64_t panel, void* workspace);
+  // What that adds to the sums and the product along one tile of columns.
+  void (*triplet_columns)(const Sweep&, const TripletJob&, int64_t panel, int64_t column, void* workspace);
   void (*normalize)(const Matrix&, int64_t begin, int64_t end, void* unit, int64_t pitch, float* inverse,
                     float* scratch);
   void (*finish)(const Matrix&, const float* inverse, float factor, int64_t begin, int64_t end, float* product,

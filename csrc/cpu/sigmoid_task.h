@@ -16,20 +16,6 @@
 namespace fastcl::cpu {
 namespace {
 
-// log(1 + e) for e in [0, 1], to 3 ulp; NaN for NaN. The polynomial log(1 + e) / e is the minimax one of degree 8 for
-// the relative error (0.5 ulp before its coefficients are rounded).
-inline Vector log1p(Vector e) {
-  Vector p = e * 5.232694093e-3f - 2.950523980e-2f;
-  p = p * e + 7.822595537e-2f;
-  p = p * e - 1.366324574e-1f;
-  p = p * e + 1.910600662e-1f;
-  p = p * e - 2.484298199e-1f;
-  p = p * e + 3.331909776e-1f;
-  p = p * e - 4.999949336e-1f;
-  p = p * e + 9.999999404e-1f;
-  return p * e;
-}
-
 // softplus(x) and its slope sigmoid(x) share exp(-|x|), which neither overflows nor loses the smaller of two summands.
 struct Softplus {
   Vector x;

@@ -51,6 +51,21 @@ inline Vector only(Lanes lanes, Vector x) { return (Vector)(lanes & (IntVector)x
 inline constexpr Lanes kNoLanes = {};
 #endif
 
+inline Lanes both(Lanes x, Lanes y) { return static_cast<Lanes>(x & y); }
+inline Lanes without(Lanes x, Lanes y) { return static_cast<Lanes>(x & ~y); }
+
+// first, first + 1, ...
+inline IntVector counting(int32_t first) {
+  IntVector result;
+  for (int lane = 0; lane < kLanes; ++lane) result[lane] = first + lane;
+  return result;
+}
+
+inline Vector square_root(Vector x) {
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = __builtin_sqrtf(x[lane]);
+  return x;
+}
+
 inline float sum(Vector v) {
   float total = 0;
   for (int lane = 0; lane < kLanes; ++lane) total += v[lane];

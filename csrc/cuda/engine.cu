@@ -48,4 +48,12 @@ int gradient(Dtype dtype, const GradientArguments& call, void* stream) {
   return launcher.error;
 }
 
+int pairs(Dtype dtype, const PairsArguments& call, void* stream) {
+  Launcher launcher(stream);
+  for_precision(dtype, [&](auto precision) {
+    launch_pairs<decltype(precision)>(call, [&](auto... arguments) { launcher(arguments...); });
+  });
+  return launcher.error;
+}
+
 }  // namespace fastcl::cuda

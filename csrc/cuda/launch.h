@@ -6,6 +6,7 @@
 
 #include "engine.h"
 #include "finish.h"
+#include "pairs.h"
 #include "registers.h"
 #include "weights.h"
 
@@ -99,6 +100,11 @@ void launch_gradient(const GradientArguments& call, Launch launch) {
   } else {
     launch_for(std::integral_constant<int, kMostOwnDepth>());
   }
+}
+
+template <class Precision, class Launch>
+void launch_pairs(const PairsArguments& call, Launch launch) {
+  launch(pairs_kernel<Precision>, panel_tiles(call.panel), kThreads, sizeof(PairsMemory), call);
 }
 
 }  // namespace fastcl::cuda

@@ -139,9 +139,16 @@ struct Panel {
   bool mirror;
 };
 
+FASTCL_HOST_DEVICE int tiles_down(const Panel& panel) {
+  return static_cast<int>(ceil_div(panel.row_end - panel.row_begin, kTile));
+}
+FASTCL_HOST_DEVICE int tiles_across(const Panel& panel) {
+  return static_cast<int>(ceil_div(panel.column_end - panel.column_begin, kTile));
+}
+
 FASTCL_HOST_DEVICE int panel_tiles(const Panel& panel) {
-  const int across = static_cast<int>(ceil_div(panel.column_end - panel.column_begin, kTile));
-  const int down = static_cast<int>(ceil_div(panel.row_end - panel.row_begin, kTile));
+  const int across = tiles_across(panel);
+  const int down = tiles_down(panel);
   return panel.mirror ? down * (down + 1) / 2 : down * across;
 }
 
@@ -149,8 +156,8 @@ FASTCL_HOST_DEVICE int panel_tiles(const Panel& panel) {
 // triangle is walked column by column.
 FASTCL_HOST_DEVICE SuperTile panel_tile(int block, const Panel& panel) {
   constexpr int kBand = 8;
-  const int across = static_cast<int>(ceil_div(panel.column_end - panel.column_begin, kTile));
-  const int down = static_cast<int>(ceil_div(panel.row_end - panel.row_begin, kTile));
+  const int across = tiles_across(panel);
+  const int down = tiles_down(panel);
   if (panel.mirror) {
     int c = 0;
     while (block > c) block -= ++c;

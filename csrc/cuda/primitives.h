@@ -103,6 +103,9 @@ FASTCL_DEVICE float exp2_fast(float x) {
   return result;
 }
 
+// 1 / sqrt(x), to 2 ulp.
+FASTCL_DEVICE float inverse_square_root(float x) { return rsqrtf(x); }
+
 struct alignas(16) Chunk {
   uint32_t words[4];
 };

@@ -88,4 +88,63 @@ inline GradientArguments exchanged(GradientArguments x) {
   return x;
 }
 
+// Functions of every single pair (pair_functions.h), in the order of fastcl/backends/cuda/pairs.py.
+enum class PairFunction : int8_t {
+  kQuestions,
+  kContrastive,
+  kPositivePairs,
+  kNegatives,
+  kNegativesWeights,
+  kEnergySoftmax,
+  kEnergyUniform,
+  kEnergyPower,
+  kEnergySoftmaxWeights,
+  kEnergyUniformWeights,
+  kEnergyPowerWeights,
+  kSoftTargets,
+  kSoftTargetsWeights,
+  kSimilarities,
+  kNearest,
+  kHardest,
+};
+constexpr int kPairFunctions = 16;
+constexpr int kMostParams = 2;
+
+// Numbers of rows or columns, one [count] after another; data may be null where there are none.
+struct Numbers {
+  const float* data;
+  int number;
+  int count;
+
+  FASTCL_HOST_DEVICE float at(int k, int index, float without = 0.0f) const {
+    return k < number ? data[static_cast<int64_t>(k) * count + index] : without;
+  }
+};
+
+struct PairsArguments {
+  PairFunction function;
+  float constants[2];
+  Operands operands;
+  const float* scale;  // S = scale * A @ B.T + bias, both on the device
+  const float* bias;
+  const int64_t* row0;  // the own key of row i is the column row0 + i; on the device, null for 0
+  Numbers row_params;
+  Numbers column_params;
+  Numbers incoming;  // the gradients of the rows' outputs; none where W isn't wanted
+  Numbers found;     // numbers of whole rows, from an earlier sweep
+  Tags row_tags;
+  Tags column_tags;
+  const float* guide;       // the panel's part of a second S, [rows, columns]; may be null
+  const float* multiplier;  // of the W that is written, on the device; null for 1
+  Panel panel;
+  // Null where not wanted. A tile's numbers have the slots of its column or row of tiles in the panel.
+  float* sums;  // [numbers, tiles across, rows of the panel]
+  int number_of_sums;
+  float* row_weights;       // [tiles across, rows], sums of W
+  float* column_weights;    // [tiles down, columns of the panel]
+  float* column_gradients;  // the same: gradients of the column's parameter, where they are no sums of W
+  unsigned char* out;       // W, whole tiles
+  int64_t out_pitch;
+};
+
 }  // namespace fastcl::cuda

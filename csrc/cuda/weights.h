@@ -7,6 +7,7 @@
 // of float32.
 #pragma once
 
+#include "staging.h"
 #include "sweep.h"
 
 namespace fastcl::cuda {
@@ -237,10 +238,10 @@ class Weights {
   FASTCL_DEVICE void write_tile(int i0, int j0, Accumulators& values) {
     const bool masked = find_exceptions(i0, j0);
     weights_.form(masked, i0, j0, values);
-    stage<false>(values);
+    stage_tile<Precision, Team, false>(values, staged_);
     store(i0 - x_.panel.row_begin, j0 - x_.panel.column_begin);
     if (x_.panel.mirror && i0 < j0) {
-      stage<true>(values);
+      stage_tile<Precision, Team, true>(values, staged_);
       store(j0 - x_.panel.column_begin, i0 - x_.panel.row_begin);
     }
   }
@@ -258,31 +259,6 @@ class Weights {
       found |= weights_.has_target(axis == 0, i0, j0, k);
     }
     return Team::any(found);
-  }
-
-  template <bool kTransposed>
-  FASTCL_DEVICE void stage(const Accumulators& weights) {
-    constexpr int kBytes = Precision::kBytes;
-    const int row = Team::row(Team::thread(), 0);
-    const int column = Team::column(Team::thread(), 0);
-    const int first = kTransposed ? staged_offset(column, row, kBytes) : staged_offset(row, column, kBytes);
-    Team::sync();
-#pragma unroll
-    for (int u = 0; u < Team::kRows; ++u) {
-      const int down = Team::row(0, u);
-#pragma unroll
-      for (int v = 0; v < Team::kColumns; v += 2) {
-        const int across = Team::column(0, v);
-        if (kTransposed) {
-          Precision::store(staged_ + staged_offset_from(first, across, down, kBytes), weights.at(u, v));
-          Precision::store(staged_ + staged_offset_from(first, across + 1, down, kBytes), weights.at(u, v + 1));
-        } else {
-          Precision::store(staged_ + staged_offset_from(first, down, across, kBytes), weights.at(u, v),
-                           weights.at(u, v + 1));
-        }
-      }
-    }
-    Team::sync();
   }
 
   // The staged tile into the panel, row by row in whole chunks.

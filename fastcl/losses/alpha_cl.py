@@ -66,7 +66,7 @@ def alpha_cl_loss(
         reduction: "mean", "sum", or "none" for [2B]: the rows of ``z1``, then those of ``z2``.
         return_stats: also return a :class:`fastcl.LossStats`, from a sweep of its own. The similarity is
             :math:`1 - d_{ij}^2`, the cosine of rows of unit length.
-        backend: None, "tiled", or "dense" (small N): the loss is computed in plain PyTorch on every device.
+        backend: insist on one of :func:`fastcl.list_backends`.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty. The features of all ranks are gathered.
 
@@ -77,8 +77,8 @@ def alpha_cl_loss(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
-    Complexity: 3 * (2B)^2 * D multiply-adds for value and gradient (4 for "none"), (2B)^2 * D more for
-    ``return_stats``; O(B) memory beyond features and gradients.
+    Complexity: 4 * (2B)^2 * D multiply-adds for value and gradient (by "tiled" 3, and 4 for "none"), (2B)^2 * D more
+    for ``return_stats``; O(B) memory beyond features and gradients.
 
     Source: Tian, Understanding Deep Contrastive Learning via Coordinate-wise Optimization, 2022 (arXiv:2201.12680).
 

@@ -74,7 +74,7 @@ def clip_distillation_loss(
         normalize: scale each row of all four to unit length first.
         reduction: "mean", "sum", or "none" for [B].
         return_stats: also return a :class:`fastcl.LossStats` of the student, from a sweep of its own.
-        backend: None, "tiled", or "dense" (small N): the loss is computed in plain PyTorch on every device.
+        backend: insist on one of :func:`fastcl.list_backends`.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty. The features of all ranks are gathered.
 
@@ -85,9 +85,9 @@ def clip_distillation_loss(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
-    Complexity: 6 * B^2 * D + 2 * B^2 * E multiply-adds for value and gradients, in one sweep for each direction
-    (8 * B^2 * D + 4 * B^2 * E in two each for "none"), B^2 * D more for ``return_stats``; O(B) memory beyond features
-    and gradients.
+    Complexity: 8 * B^2 * D + 4 * B^2 * E multiply-adds for value and gradients, in two sweeps for each direction (by
+    "tiled" in one: 6 * B^2 * D + 2 * B^2 * E), B^2 * D more for ``return_stats``; O(B) memory beyond features and
+    gradients.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv:1503.02531); for CLIP: Wu et al.,
     TinyCLIP: CLIP Distillation via Affinity Mimicking and Weight Inheritance, 2023 (arXiv:2309.12314).

@@ -100,7 +100,7 @@ def lifted_structure_loss(
         return_stats: also return a :class:`fastcl.LossStats` from a sweep of its own: how often an anchor's nearest row
             has its label, the mean similarity of positive pairs, and the hardest negative's. It is the cosine of unit
             rows; of others :math:`1 - |x - y|^2 / 2`, or 1 minus the distance where that is "cosine".
-        backend: None, "tiled", or "dense" (small N): the loss is computed in plain PyTorch on every device.
+        backend: insist on one of :func:`fastcl.list_backends`.
         group: a torch.distributed process group: the batch is then the union of its ranks' batches, which may differ in
             length, or be empty; labels and ids mean the same on all of them.
 

@@ -106,7 +106,7 @@ def spectral_contrastive_loss(
         return (loss, stats_of_pairs(run, a, b, 1.0, ids=ids, axes=(Axis.ROW,))) if return_stats else loss
 
 
-@panel_function(outputs=1)
+@panel_function(outputs=1, kernel="squares")
 def squares_of_others(panel: Panel):
     """The sum of S squared over the keys of other ids."""
     kept = panel.s.masked_fill(panel.tags.ids[:, None] == panel.key_tags.ids, 0.0)

@@ -33,7 +33,9 @@ PRECISIONS = ("half", "tf32", "float32")
 class Config:
     """A tile of S is [block_m, block_n], accumulated over D in steps of block_d.
 
-    One with pairs that a mask treats apart is made in squares of side ``piece``, for masks take registers.
+    One with pairs that a mask treats apart is made in squares of side ``piece``, for masks take registers. With ``tma``
+    whole tiles are read by TMA where features lie so that it can (compute capability 9.0). With ``persistent`` there
+    are as many programs as the device runs at a time. Both are for sweeps and for panels, whose kernels look at them.
     """
 
     block_m: int
@@ -42,6 +44,8 @@ class Config:
     num_warps: int
     num_stages: int
     piece: int = 64
+    tma: bool = False
+    persistent: bool = False
 
 
 @dataclass(frozen=True)

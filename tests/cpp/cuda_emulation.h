@@ -443,6 +443,8 @@ inline float exp2_fast(float x) {
   return result < 0x1p-126f ? 0.0f : result;
 }
 
+inline float inverse_square_root(float x) { return 1.0f / std::sqrt(x); }
+
 struct alignas(16) Chunk {
   uint32_t words[4];
 };

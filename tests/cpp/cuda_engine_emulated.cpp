@@ -42,4 +42,9 @@ int gradient(Dtype dtype, const GradientArguments& call, void*) {
   return 0;
 }
 
+int pairs(Dtype dtype, const PairsArguments& call, void*) {
+  for_precision(dtype, [&](auto p) { launch_pairs<decltype(p)>(call, kLaunch); });
+  return 0;
+}
+
 }  // namespace fastcl::cuda

@@ -1,6 +1,6 @@
 // How many blocks of each kernel an SM holds, by cuda_occupancy.h. Reads lines "capability kernel registers", where a
-// kernel is sweep, redo, weights, combine, hopper_sweep or hopper_weights, some with _tagged, or gradient_ with a
-// depth, and prints lines "blocks shared-memory-per-block".
+// kernel is sweep, redo, weights, pairs, combine, hopper_sweep or hopper_weights, some with _tagged, or gradient_ with
+// a depth, and prints lines "blocks shared-memory-per-block".
 #include <cuda_occupancy.h>
 
 #include <iostream>
@@ -49,6 +49,7 @@ int main() {
                                              {"redo", sizeof(RedoMemory)},
                                              {"weights", sizeof(WeightsMemory<false>)},
                                              {"weights_tagged", sizeof(WeightsMemory<true>)},
+                                             {"pairs", sizeof(PairsMemory)},
                                              {"combine", 0},
                                              {"gradient_64", sizeof(GradientMemory<64>)},
                                              {"gradient_128", sizeof(GradientMemory<128>)},

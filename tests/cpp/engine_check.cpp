@@ -285,6 +285,16 @@ double check_cross_entropy(const Case& c, bool ids, const Workers& workers) {
   return error;
 }
 
+// The largest difference, relative to what is wanted or to `size`; NaN is infinitely far.
+double difference(const std::vector<float>& got, const std::vector<double>& want, double size) {
+  double error = 0;
+  for (size_t k = 0; k < want.size(); ++k) {
+    const double difference = std::abs(got[k] - want[k]) / (size + std::abs(want[k]));
+    error = std::isnan(difference) ? HUGE_VAL : std::max(error, difference);
+  }
+  return error;
+}
+
 // The same for questions of every pair; labels that are neighbours answer yes, and other pairs of equal ids are left
 // out, where `tags`.
 double check_sigmoid(const Case& c, bool tags, const Workers& workers) {
@@ -329,18 +339,64 @@ double check_sigmoid(const Case& c, bool tags, const Workers& workers) {
       }
     }
   }
-  double error = std::abs(sum - want_sum) / c.m;
-  const auto compare = [&](const std::vector<float>& got, const std::vector<double>& want, double size) {
-    for (size_t k = 0; k < want.size(); ++k) {
-      const double difference = std::abs(got[k] - want[k]) / (size + std::abs(want[k]));
-      error = std::isnan(difference) ? HUGE_VAL : std::max(error, difference);
+  return std::max({std::abs(sum - want_sum) / c.m, difference(costs, want_costs, c.m),
+                   difference(columns, want_columns, 1), difference(product_a, want_a, 1),
+                   difference(product_b, want_b, 1)});
+}
+
+// The same for positive pairs of the lifted structure loss, whose parameters have gradients too.
+double check_pairs(const Case& c, bool euclidean, const Workers& workers) {
+  std::mt19937 generator(23);
+  const std::vector<float> a = random_rows(c.n, c.depth, generator);
+  const std::vector<float> b = random_rows(c.m, c.depth, generator);
+  const std::vector<float> ones(std::max(c.n, c.m), 1.0f);
+  std::vector<float> own(c.n), others(c.m), incoming(c.n);
+  for (float& x : own) x = std::uniform_real_distribution<float>(-1.0f, 1.0f)(generator);
+  for (float& x : others) x = std::uniform_real_distribution<float>(-1.0f, 1.0f)(generator);
+  for (float& x : incoming) x = std::uniform_real_distribution<float>(0.5f, 1.5f)(generator) / c.n;
+  Problem problem{};
+  problem.a = matrix(a, c.n, c.depth);
+  problem.b = matrix(b, c.m, c.depth);
+  problem.scale = 0.9f;  // so that no distance is close to 0
+  problem.row0 = 2;
+  const OwnTags of_a(c.n, 0), of_b(c.m, 2);
+  problem.a_tags = of_a.tags();
+  problem.b_tags = of_b.tags();
+  const float numbers[] = {0.2f, 0.0f};
+  const float* squares = euclidean ? ones.data() : nullptr;
+  std::vector<float> values(2 * c.n, NAN), rows(2 * c.n, NAN), columns(2 * c.m, NAN), product_a(c.n * c.depth, NAN),
+      product_b(c.m * c.depth, NAN);
+  fastcl::cpu::pair_panels(problem, nullptr, workers,
+                           {fastcl::cpu::PairFunction::kLifted, 0.05f, numbers, squares, squares, own.data(),
+                            others.data(), incoming.data()},
+                           {values.data(), product_a.data(), product_b.data(), rows.data(), columns.data()});
+
+  std::vector<double> want_values(2 * c.n, 0.0), want_rows(2 * c.n, 0.0), want_columns(2 * c.m, 0.0),
+      want_a(c.n * c.depth, 0.0), want_b(c.m * c.depth, 0.0);
+  for (int64_t i = 0; i < c.n; ++i) {
+    for (int64_t j = 0; j < c.m; ++j) {
+      if (j == i + 2 || std::abs(of_a.label[i] - of_b.label[j]) > 1) continue;
+      double s = 0.05;
+      for (int64_t d = 0; d < c.depth; ++d) s += problem.scale * double(a[i * c.depth + d]) * b[j * c.depth + d];
+      const double distance = euclidean ? std::sqrt(2 - 2 * s) : 1 - s;
+      const double both = fastcl::log_add_exp(own[i], others[j]);
+      const double hinge = std::max(0.0, both + distance - numbers[0]);
+      const double w = -incoming[i] * hinge / (euclidean ? distance : 1.0);
+      want_values[i] += 0.5 * hinge * hinge;
+      want_values[c.n + i] += 1;
+      want_rows[i] += w;
+      want_columns[j] += w;
+      want_rows[c.n + i] += incoming[i] * hinge * std::exp(own[i] - both);
+      want_columns[c.m + j] += incoming[i] * hinge * std::exp(others[j] - both);
+      for (int64_t d = 0; d < c.depth; ++d) {
+        want_a[i * c.depth + d] += w * b[j * c.depth + d];
+        want_b[j * c.depth + d] += w * a[i * c.depth + d];
+      }
     }
-  };
-  compare(costs, want_costs, c.m);
-  compare(columns, want_columns, 1);
-  compare(product_a, want_a, 1);
-  compare(product_b, want_b, 1);
-  return error;
+  }
+  return std::max({difference(values, want_values, c.m), difference(rows, want_rows, 1),
+                   difference(columns, want_columns, 1), difference(product_a, want_a, 1),
+                   difference(product_b, want_b, 1)});
 }
 
 // Sweeps that the questions take with their gradients, or without.
@@ -456,6 +512,7 @@ int main(int argc, char** argv) {
         if (c.symmetric) continue;
         report("cross entropy", check_cross_entropy(c, ids, threads(count)));
         report("sigmoid", check_sigmoid(c, ids, threads(count)));
+        report("pairs", check_pairs(c, ids, threads(count)));
       }
     }
     if (!only_threads) failures += check_passes(level);

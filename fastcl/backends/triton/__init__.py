@@ -135,7 +135,19 @@ def _sigmoid(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, n
     return sigmoid.value_and_gradients(x, incoming, needs)
 
 
-PANEL_KERNELS = {"sigmoid": _sigmoid}
+def _panel_function(
+    name: str, x: PanelOperands, incoming: Tensor | None, values: Tensor | None, needs: PanelNeeds
+) -> PanelGradients:
+    from fastcl.backends.triton import panel_functions
+
+    return panel_functions.value_and_gradients(name, x, incoming, values, needs)
+
+
+_PANEL_FUNCTIONS = (
+    *("contrastive", "negatives", "lifted", "hardest", "similarities", "nearest"),
+    *("energy_softmax", "energy_uniform", "energy_power", "soft_targets"),
+)
+PANEL_KERNELS = {"sigmoid": _sigmoid} | {name: functools.partial(_panel_function, name) for name in _PANEL_FUNCTIONS}
 
 
 @functools.cache

@@ -40,9 +40,11 @@ def gradient(
 
     def write(panel: panels.Panel, out: Tensor) -> None:
         height, width = panel.shape
-        weights_kernel[(triton.cdiv(height, config.block_m) * triton.cdiv(width, config.block_n),)](
+        tiles = triton.cdiv(height, config.block_m) * triton.cdiv(width, config.block_n)
+        weights_kernel[(launch.programs(tiles, x.a, config),)](
             x.a,
             x.b,
+            *launch.operand_tiles(x, config),
             x.scale,
             x.shift,
             x.target,
@@ -66,6 +68,7 @@ def gradient(
             out.stride(0),
             MIRROR=panel.mirror,
             GROUP_M=GROUP_M,
+            PERSISTENT=config.persistent,
             **launch.constant_arguments(codes, x, config),
         )
 

@@ -25,10 +25,12 @@ def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
     super_columns, column_slots = _super_tiles(m, config.block_n)
     row_partials = _partials(codes.row_terms, column_slots, n, x.a)
     column_partials = row_partials if plan.symmetric else _partials(codes.column_terms, row_slots, m, x.a)
+    super_tiles = row_slots * (row_slots + 1) // 2 if plan.symmetric else row_slots * column_slots
     with launch.on_device(x.a):
-        sweep_kernel[(row_slots, column_slots)](
+        sweep_kernel[(launch.programs(super_tiles, x.a, config),)](
             x.a,
             x.b,
+            *launch.operand_tiles(x, config),
             x.scale,
             x.shift,
             x.target,
@@ -45,6 +47,7 @@ def statistics(plan: Plan, x: launch.Inputs) -> Statistics:
             x.first_column,
             super_rows,
             super_columns,
+            PERSISTENT=config.persistent,
             **launch.constant_arguments(codes, x, config),
         )
         rows = finished(codes, row_partials, x, own_is_row=True)

@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastcl import tuning
 from fastcl.backends.shift import fixed_shift, flag_threshold
 from fastcl.backends.triton.plan import Constants
 from fastcl.terms import Operands, PanelOperands, Tags
 
+_FIRST_WITH_TMA = (9, 0)
+_WARPS = 8
+"""of a multiprocessor, each of whose threads takes up to 255 of its 65,536 registers, as these kernels' do"""
 _FLOAT32_PRECISION = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
 
 
@@ -87,6 +91,32 @@ def tile_arguments(x: Inputs | PanelOperands, config: tuning.Config) -> dict[str
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+
+
+def programs(count: int, x: Tensor, config: tuning.Config) -> int:
+    """How many programs share ``count`` pieces of work: one each, or as many as the device runs at a time."""
+    if not config.persistent:
+        return count
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return min(count, multiprocessors * max(1, _WARPS // config.num_warps))
+
+
+def operand_tiles(x: Inputs, config: tuning.Config) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
+    """The operands as TMA reads them, a tile at a time, where ``config`` asks for it and TMA can read both."""
+    if not (config.tma and _read_by_tma(x.a) and _read_by_tma(x.b)):
+        return None, None
+    return tuple(
+        TensorDescriptor.from_tensor(features, [block, config.block_d])
+        for features, block in ((x.a, config.block_m), (x.b, config.block_n))
+    )
+
+
+def _read_by_tma(features: Tensor) -> bool:
+    """Rows side by side along D that begin at multiples of 16 bytes, on a device that has TMA (or none at all)."""
+    (n, d), (stride, step), size = features.shape, features.stride(), features.element_size()
+    aligned = features.data_ptr() % 16 == 0 and stride * size % 16 == 0
+    has_tma = (capability(features) or _FIRST_WITH_TMA) >= _FIRST_WITH_TMA
+    return has_tma and aligned and step == 1 and stride >= d and max(n, d) < 2**31
 
 
 def vector(x: Tensor | None) -> Tensor | None:

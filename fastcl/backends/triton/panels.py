@@ -122,6 +122,7 @@ def _exponentials(codes: Constants, x: launch.Inputs, panel: Tensor, config: tun
     exponentials_kernel[(tiles_m * tiles_n,)](
         x.a,
         x.b,
+        *launch.operand_tiles(x, config),
         x.scale,
         x.shift,
         x.target,

@@ -10,13 +10,10 @@ from fastcl import tuning
 from fastcl.backends import panels
 from fastcl.backends.panels import Panel
 from fastcl.backends.softmax import finish
-from fastcl.backends.triton import launch
+from fastcl.backends.triton import launch, partials
 from fastcl.backends.triton.backward import GROUP_M
 from fastcl.backends.triton.kernels.sigmoid import sigmoid_kernel
 from fastcl.terms import Needs, Operands, PanelGradients, PanelNeeds, PanelOperands, Plan, Products
-
-_MOST_PARTIALS = 2**22
-"""partial sums of a panel, where no W is written and nothing else bounds it"""
 
 
 def value_and_gradients(x: PanelOperands, incoming: Tensor | None, needs: PanelNeeds) -> PanelGradients:
@@ -36,7 +33,7 @@ def value_and_gradients(x: PanelOperands, incoming: Tensor | None, needs: PanelN
                 sweep.multiplier,
             )
         else:
-            for panel in sweep.bare_panels():
+            for panel in partials.bare_panels(*x.shape, sweep.config):
                 sweep.run(panel, None)
         operands = Operands(sweep.a, sweep.b, x.scale)
         gradients = finish(Plan(()), operands, products, Needs(needs.a, needs.b, needs.scale), x.scale.dtype)
@@ -68,24 +65,17 @@ class _Sweep:
         self.columns = x.scale.new_empty(m) if needs.column_params else None
         self.bias = x.scale.new_zeros(()) if needs.bias else None
 
-    def bare_panels(self) -> list[Panel]:
-        """Panels of whole rows, for sums alone."""
-        n, m = self.x.shape
-        tiles = triton.cdiv(m, self.config.block_n)
-        height = max(1, _MOST_PARTIALS // tiles // self.config.block_m) * self.config.block_m
-        return [Panel(begin, min(begin + height, n), 0, m) for begin in range(0, n, height)]
-
     def run(self, panel: Panel, workspace: Tensor | None) -> None:
         """Fills the workspace with W, and adds up the rest."""
         x, (rows, columns) = self.x, panel.shape
         tiles_m, tiles_n = triton.cdiv(rows, self.config.block_m), triton.cdiv(columns, self.config.block_n)
 
-        def partials(sums: Tensor | None, slots: int, count: int) -> Tensor | None:
+        def empty(sums: Tensor | None, slots: int, count: int) -> Tensor | None:
             return None if sums is None else x.scale.new_empty(slots, count)
 
-        costs = partials(self.costs, tiles_n, rows)
-        row_sums = partials(self.bias, tiles_n, rows)
-        column_sums = partials(self.columns, tiles_m, columns)
+        costs = empty(self.costs, tiles_n, rows)
+        row_sums = empty(self.bias, tiles_n, rows)
+        column_sums = empty(self.columns, tiles_m, columns)
         sigmoid_kernel[(tiles_m * tiles_n,)](
             self.a,
             self.b,
@@ -111,18 +101,7 @@ class _Sweep:
             GROUP_M=GROUP_M,
             **launch.tile_arguments(x, self.config),
         )
-        _add(self.costs, panel.rows, costs, panel.column_begin == 0)
-        _add(self.columns, panel.columns, column_sums, panel.row_begin == 0)
+        partials.add(self.costs, panel.rows, costs, panel.column_begin == 0)
+        partials.add(self.columns, panel.columns, column_sums, panel.row_begin == 0)
         if row_sums is not None:
             self.bias += row_sums.sum()
-
-
-def _add(sums: Tensor | None, part: slice, partials: Tensor | None, first: bool) -> None:
-    """Adds partial sums [slots, count] to a part of the sums, which hold nothing before the ``first``."""
-    if sums is None:
-        return
-    found = partials.sum(dim=0)
-    if first:
-        sums[part] = found
-    else:
-        sums[part] += found

@@ -22,6 +22,7 @@ from fastcl.backends.triton.kernels.tile import (
     pair_tests,
     tag_tests,
     target_columns,
+    tile_products,
     where_admitted,
 )
 
@@ -46,6 +47,8 @@ def _exponentials(products, scale, shift_log2, inside, tests, TERMS: tl.constexp
 def exponentials_kernel(
     a_ptr,
     b_ptr,
+    a_tiles,
+    b_tiles,
     scale_ptr,
     shift_ptr,
     target_ptr,
@@ -82,9 +85,10 @@ def exponentials_kernel(
     j0 = tile_n * BLOCK_N
     rows = i0 + tl.arange(0, BLOCK_M)
     columns = j0 + tl.arange(0, BLOCK_N)
-    products = inner_products(
-        a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
-    )
+    products = tile_products(
+        a_ptr, b_ptr, a_tiles, b_tiles, i0, j0, n, m, d, stride_a, stride_b,
+        BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
+    )  # fmt: skip
     scale = tl.load(scale_ptr)
     shift_log2 = tl.load(shift_ptr) * LOG2_E
 

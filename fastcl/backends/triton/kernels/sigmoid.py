@@ -17,7 +17,7 @@ from fastcl.backends.triton.kernels.tile import (
 
 
 @triton.jit
-def _log1p(e):
+def log1p(e):
     """log(1 + e) for e in [0, 1], by the polynomial of csrc/cpu/sigmoid_task.h: log2(1 + e) would lose a small e."""
     p = e * 5.232694093e-3 - 2.950523980e-2
     p = p * e + 7.822595537e-2
@@ -38,7 +38,7 @@ def _ask(logits, yes, left_out, incoming, factors):
     if left_out is not None:
         logits = tl.where(left_out, float("-inf"), logits)
     e = tl.exp2(-tl.abs(logits) * LOG2_E)
-    costs = tl.maximum(logits, 0.0) + _log1p(e)
+    costs = tl.maximum(logits, 0.0) + log1p(e)
     slopes = tl.where(logits > 0.0, 1.0, e) / (1.0 + e)
     if factors is not None:
         shares = factors[:, None]

@@ -22,10 +22,12 @@ from fastcl.backends.triton.kernels.tile import (
     holds_exceptional,
     inner_products,
     load_tags,
+    own_numbers,
     pair_tests,
     requires_a_pair,
     tag_tests,
     target_columns,
+    tile_products,
     where_admitted,
 )
 
@@ -160,6 +162,10 @@ def _sweep_piece(
     column_tags_ptrs,
     row_partials_ptr,
     column_partials_ptr,
+    r,
+    c,
+    row_slots,
+    column_slots,
     i0,
     j0,
     n,
@@ -180,7 +186,6 @@ def _sweep_piece(
     BLOCK_D: tl.constexpr,
 ):
     """Adds a small square of S, whatever is in it, to this program's slots."""
-    r, c = tl.program_id(0), tl.program_id(1)
     rows = i0 + tl.arange(0, PIECE)
     columns = j0 + tl.arange(0, PIECE)
     products = inner_products(
@@ -194,9 +199,9 @@ def _sweep_piece(
     tests = of_pairs + of_tags + above_test(products, scale, row_tags, ALONG_ROWS)
     # one comparison a pair: rows and columns over the edge get an empty range
     inside = columns[None, :] < tl.where(rows < n, m, 0)[:, None]
-    partials = _load(row_partials_ptr, rows, n, tl.num_programs(1), c, ROW_TERMS, PIECE, True)
+    partials = _load(row_partials_ptr, rows, n, column_slots, c, ROW_TERMS, PIECE, True)
     partials = merge_tile(partials, products, scale, shift_log2, inside, tests, ROW_TERMS, ALONG_ROWS, True)
-    _store(row_partials_ptr, partials, rows, n, tl.num_programs(1), c, ROW_TERMS, True)
+    _store(row_partials_ptr, partials, rows, n, column_slots, c, ROW_TERMS, True)
 
     # nothing on a symmetric plan's diagonal is mirrored
     if not SYMMETRIC or i0 < j0:
@@ -205,15 +210,27 @@ def _sweep_piece(
             column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
             of_pairs = pair_tests(rows, columns, self_offset, column_targets, ALONG_COLUMNS)
         tests = of_pairs + of_tags + above_test(products, scale, column_tags, ALONG_COLUMNS)
-        partials = _load(column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS, PIECE, True)
+        partials = _load(column_partials_ptr, columns, m, row_slots, r, COLUMN_TERMS, PIECE, True)
         partials = merge_tile(partials, products, scale, shift_log2, inside, tests, COLUMN_TERMS, ALONG_COLUMNS, True)
-        _store(column_partials_ptr, partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS, True)
+        _store(column_partials_ptr, partials, columns, m, row_slots, r, COLUMN_TERMS, True)
+
+
+@triton.jit
+def super_tile(number, row_slots, SYMMETRIC: tl.constexpr):
+    """Numbered down the columns; in a triangle c (c + 1) / 2 come before column c, and a root of them tells c."""
+    if SYMMETRIC:
+        c = ((tl.sqrt(8.0 * number + 2.0) - 1.0) * 0.5).to(tl.int32)
+        return number - c * (c + 1) // 2, c
+    else:
+        return number % row_slots, number // row_slots
 
 
 @triton.jit(do_not_specialize=["self_offset", "first_column"])
 def sweep_kernel(
     a_ptr,
     b_ptr,
+    a_tiles,
+    b_tiles,
     scale_ptr,
     shift_ptr,
     target_ptr,
@@ -242,78 +259,81 @@ def sweep_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    """Grid: (super-tiles in a column, super-tiles in a row). Partials are [terms, slots, count].
+    """Grid: (super-tiles,), or fewer programs where they persist. Partials are [terms, slots, count].
 
     Tags are labels, ids and thresholds, each None where no mask looks at it.
     """
-    r = tl.program_id(0)
-    c = tl.program_id(1)
-    if SYMMETRIC:
-        if c < r:
-            return
     scale = tl.load(scale_ptr)
     shift_log2 = tl.load(shift_ptr) * LOG2_E
-    row_begin = r * super_rows
-    row_end = tl.minimum(row_begin + super_rows, n)
-    column_begin = c * super_columns
-    column_end = tl.minimum(column_begin + super_columns, m)
-    _start(row_partials_ptr, row_begin, row_end, n, tl.num_programs(1), c, ROW_TERMS, BLOCK_M)
-    _start(column_partials_ptr, column_begin, column_end, m, tl.num_programs(0), r, COLUMN_TERMS, BLOCK_N)
-    tl.debug_barrier()
+    row_slots = tl.cdiv(n, super_rows)
+    column_slots = tl.cdiv(m, super_columns)
+    count = row_slots * column_slots
+    if SYMMETRIC:
+        count = row_slots * (row_slots + 1) // 2
+    first, end, step = own_numbers(count, PERSISTENT)
+    # what one super-tile needs and the next one needs again must not stay in registers
+    for number in tl.range(first, end, step, disable_licm=True):
+        r, c = super_tile(number, row_slots, SYMMETRIC)
+        row_begin = r * super_rows
+        row_end = tl.minimum(row_begin + super_rows, n)
+        column_begin = c * super_columns
+        column_end = tl.minimum(column_begin + super_columns, m)
+        _start(row_partials_ptr, row_begin, row_end, n, column_slots, c, ROW_TERMS, BLOCK_M)
+        _start(column_partials_ptr, column_begin, column_end, m, row_slots, r, COLUMN_TERMS, BLOCK_N)
+        tl.debug_barrier()
 
-    for i0 in range(row_begin, row_end, BLOCK_M):
-        rows = i0 + tl.arange(0, BLOCK_M)
-        row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
-        row_partials = all_nothing(BLOCK_M, ROW_TERMS)
-        begin = column_begin
-        if SYMMETRIC:
-            begin = tl.maximum(column_begin, i0)
-
-        for j0 in range(begin, column_end, BLOCK_N):
-            columns = j0 + tl.arange(0, BLOCK_N)
-            column_targets = columns
+        for i0 in range(row_begin, row_end, BLOCK_M):
+            rows = i0 + tl.arange(0, BLOCK_M)
+            row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
+            row_partials = all_nothing(BLOCK_M, ROW_TERMS)
+            begin = column_begin
             if SYMMETRIC:
-                column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
-            if holds_exceptional(
-                i0, j0, n, m, self_offset, row_targets, column_targets,
-                SYMMETRIC, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N,
-            ):  # fmt: skip
-                for i in range(i0, tl.minimum(i0 + BLOCK_M, n), PIECE):
-                    first_piece = j0
-                    if SYMMETRIC:
-                        first_piece = tl.maximum(j0, i)
-                    for j in range(first_piece, tl.minimum(j0 + BLOCK_N, m), PIECE):
-                        _sweep_piece(
-                            a_ptr, b_ptr, scale, shift_log2, target_ptr, row_tags, column_tags,
-                            row_partials_ptr, column_partials_ptr,
-                            i, j, n, m, d, stride_a, stride_b, self_offset, first_column,
-                            ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, LABEL_WIDTH,
-                            EVEN_D, PRECISION, PIECE, BLOCK_D,
-                        )  # fmt: skip
-            else:
-                # asked for before the products, so that nobody waits for it after them
-                column_partials = _load(
-                    column_partials_ptr, columns, m, tl.num_programs(0), r, COLUMN_TERMS, BLOCK_N, False
-                )
-                products = inner_products(
-                    a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b,
-                    BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
-                )  # fmt: skip
-                of_rows = load_tags(row_tags, rows, n)
-                of_columns = load_tags(column_tags, columns, m)
-                of_tags = tag_tests(of_rows, of_columns, LABEL_WIDTH)
-                tests = of_tags + above_test(products, scale, of_rows, ALONG_ROWS)
-                row_partials = merge_tile(
-                    row_partials, products, scale, shift_log2, None, tests, ROW_TERMS, ALONG_ROWS, False
-                )
-                tests = of_tags + above_test(products, scale, of_columns, ALONG_COLUMNS)
-                column_partials = merge_tile(
-                    column_partials, products, scale, shift_log2, None, tests, COLUMN_TERMS, ALONG_COLUMNS, False
-                )
-                _store(column_partials_ptr, column_partials, columns, m, tl.num_programs(0), r, COLUMN_TERMS, False)
-        so_far = _load(row_partials_ptr, rows, n, tl.num_programs(1), c, ROW_TERMS, BLOCK_M, False)
-        merged = ()
-        for t in tl.static_range(len(ROW_TERMS)):
-            merged = merged + (merge(so_far[t], row_partials[t], ROW_TERMS[t][0]),)
-        _store(row_partials_ptr, merged, rows, n, tl.num_programs(1), c, ROW_TERMS, False)
+                begin = tl.maximum(column_begin, i0)
+
+            for j0 in range(begin, column_end, BLOCK_N):
+                columns = j0 + tl.arange(0, BLOCK_N)
+                column_targets = columns
+                if SYMMETRIC:
+                    column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
+                if holds_exceptional(
+                    i0, j0, n, m, self_offset, row_targets, column_targets,
+                    SYMMETRIC, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N,
+                ):  # fmt: skip
+                    for i in range(i0, tl.minimum(i0 + BLOCK_M, n), PIECE):
+                        first_piece = j0
+                        if SYMMETRIC:
+                            first_piece = tl.maximum(j0, i)
+                        for j in range(first_piece, tl.minimum(j0 + BLOCK_N, m), PIECE):
+                            _sweep_piece(
+                                a_ptr, b_ptr, scale, shift_log2, target_ptr, row_tags, column_tags,
+                                row_partials_ptr, column_partials_ptr, r, c, row_slots, column_slots,
+                                i, j, n, m, d, stride_a, stride_b, self_offset, first_column,
+                                ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, LABEL_WIDTH,
+                                EVEN_D, PRECISION, PIECE, BLOCK_D,
+                            )  # fmt: skip
+                else:
+                    # asked for before the products, so that nobody waits for it after them
+                    column_partials = _load(column_partials_ptr, columns, m, row_slots, r, COLUMN_TERMS, BLOCK_N, False)
+                    products = tile_products(
+                        a_ptr, b_ptr, a_tiles, b_tiles, i0, j0, n, m, d, stride_a, stride_b,
+                        BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
+                    )  # fmt: skip
+                    of_rows = load_tags(row_tags, rows, n)
+                    of_columns = load_tags(column_tags, columns, m)
+                    of_tags = tag_tests(of_rows, of_columns, LABEL_WIDTH)
+                    tests = of_tags + above_test(products, scale, of_rows, ALONG_ROWS)
+                    row_partials = merge_tile(
+                        row_partials, products, scale, shift_log2, None, tests, ROW_TERMS, ALONG_ROWS, False
+                    )
+                    tests = of_tags + above_test(products, scale, of_columns, ALONG_COLUMNS)
+                    column_partials = merge_tile(
+                        column_partials, products, scale, shift_log2, None, tests, COLUMN_TERMS, ALONG_COLUMNS, False
+                    )
+                    _store(column_partials_ptr, column_partials, columns, m, row_slots, r, COLUMN_TERMS, False)
+            so_far = _load(row_partials_ptr, rows, n, column_slots, c, ROW_TERMS, BLOCK_M, False)
+            merged = ()
+            for t in tl.static_range(len(ROW_TERMS)):
+                merged = merged + (merge(so_far[t], row_partials[t], ROW_TERMS[t][0]),)
+            _store(row_partials_ptr, merged, rows, n, column_slots, c, ROW_TERMS, False)

@@ -57,6 +57,41 @@ def inner_products(
 
 
 @triton.jit
+def tile_products(
+    a_ptr,
+    b_ptr,
+    a_tiles,
+    b_tiles,
+    i0,
+    j0,
+    n,
+    m,
+    d,
+    stride_a,
+    stride_b,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``inner_products`` of the tile at (i0, j0), read through descriptors where there are any: zeros over the edge."""
+    if a_tiles is None:
+        rows = i0 + tl.arange(0, BLOCK_M)
+        columns = j0 + tl.arange(0, BLOCK_N)
+        return inner_products(
+            a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
+        )
+    else:
+        products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, d, BLOCK_D):
+            a = a_tiles.load([i0, start])
+            b = b_tiles.load([j0, start])
+            products = tl.dot(a, b.T, products, input_precision=PRECISION)
+        return products
+
+
+@triton.jit
 def self_columns(rows, self_offset, n, m):
     """The column of each row's self pair, -1 where that lies outside of S."""
     columns = rows + self_offset
@@ -190,9 +225,28 @@ def spread(vector, AXIS: tl.constexpr):
 
 
 @triton.jit
+def own_numbers(count, PERSISTENT: tl.constexpr):
+    """This program's share of ``count`` pieces of work, as a range: one, or every so manieth where programs persist.
+
+    If it is one the compiler sees that, and keeps no loop.
+    """
+    first = tl.program_id(0)
+    if PERSISTENT:
+        return first, count, tl.num_programs(0)
+    else:
+        return first, first + 1, 1
+
+
+@triton.jit
 def banded_tile(tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """This program's tile, in bands of GROUP_M tiles: the programs in flight share rows of a and of b in L2."""
-    band = tl.program_id(0) // (GROUP_M * tiles_n)
+    """This program's tile, see ``numbered_tile``."""
+    return numbered_tile(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+
+
+@triton.jit
+def numbered_tile(number, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """A tile by its number, in bands of GROUP_M tiles: the programs in flight share rows of a and of b in L2."""
+    band = number // (GROUP_M * tiles_n)
     band_height = tl.minimum(tiles_m - band * GROUP_M, GROUP_M)
-    within = tl.program_id(0) - band * GROUP_M * tiles_n
+    within = number - band * GROUP_M * tiles_n
     return band * GROUP_M + within % band_height, within // band_height

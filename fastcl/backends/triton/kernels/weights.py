@@ -18,15 +18,17 @@ from fastcl.backends.triton.kernels.tile import (
     LSE,
     MAX,
     above_test,
-    banded_tile,
     holds_exceptional,
     inner_products,
     load_tags,
+    numbered_tile,
+    own_numbers,
     pair_tests,
     requires_a_pair,
     spread,
     tag_tests,
     target_columns,
+    tile_products,
     where_admitted,
 )
 
@@ -195,6 +197,8 @@ def _store(
 def weights_kernel(
     a_ptr,
     b_ptr,
+    a_tiles,
+    b_tiles,
     scale_ptr,
     shift_ptr,
     target_ptr,
@@ -233,79 +237,82 @@ def weights_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    """Grid: (tiles of the panel,). The panel has room for whole tiles, so that no store needs a mask.
+    """Grid: (tiles of the panel,), or fewer programs where they persist.
 
+    The panel has room for whole tiles, so that no store needs a mask.
     Of a panel on a symmetric plan's diagonal (MIRROR) only tiles on and above the diagonal are formed, which must be
     square; those above are written a second time, transposed.
     """
     tiles_m = tl.cdiv(row_end - row_begin, BLOCK_M)
     tiles_n = tl.cdiv(column_end - column_begin, BLOCK_N)
-    tile_m, tile_n = banded_tile(tiles_m, tiles_n, GROUP_M)
-    i0 = row_begin + tile_m * BLOCK_M
-    j0 = column_begin + tile_n * BLOCK_N
-    if MIRROR:
-        if j0 < i0:
-            return
-
-    rows = i0 + tl.arange(0, BLOCK_M)
-    columns = j0 + tl.arange(0, BLOCK_N)
-    scale = tl.load(scale_ptr)
-    scale_log2 = scale * LOG2_E
-    shift = tl.load(shift_ptr)
-    row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
-    column_targets = columns
-    if SYMMETRIC:
-        column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
-    rare = holds_exceptional(
-        i0, j0, n, m, self_offset, row_targets, column_targets,
-        SYMMETRIC, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N,
-    )  # fmt: skip
-    rare = rare | _any_flagged(row_statistics_ptr, rows, n, shift, threshold, ROW_TERMS)
-    rare = rare | _any_flagged(column_statistics_ptr, columns, m, shift, threshold, COLUMN_TERMS)
-    if rare:
-        for i in range(i0, tl.minimum(i0 + BLOCK_M, row_end), PIECE):
-            first_piece = j0
-            if MIRROR:
-                first_piece = tl.maximum(j0, i)
-            for j in range(first_piece, tl.minimum(j0 + BLOCK_N, column_end), PIECE):
-                weights = _masked_weights(
-                    a_ptr, b_ptr, scale, scale_log2, target_ptr, row_tags, column_tags,
-                    row_statistics_ptr, column_statistics_ptr, row_incoming_ptr, column_incoming_ptr,
-                    i, j, n, m, d, stride_a, stride_b, self_offset, first_column,
-                    ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, LABEL_WIDTH,
-                    EVEN_D, PRECISION, PIECE, BLOCK_D,
+    first, end, step = own_numbers(tiles_m * tiles_n, PERSISTENT)
+    # what a tile needs and the next one needs again must not stay in registers
+    for number in tl.range(first, end, step, disable_licm=True):
+        tile_m, tile_n = numbered_tile(number, tiles_m, tiles_n, GROUP_M)
+        i0 = row_begin + tile_m * BLOCK_M
+        j0 = column_begin + tile_n * BLOCK_N
+        if not MIRROR or j0 >= i0:
+            rows = i0 + tl.arange(0, BLOCK_M)
+            columns = j0 + tl.arange(0, BLOCK_N)
+            scale = tl.load(scale_ptr)
+            scale_log2 = scale * LOG2_E
+            shift = tl.load(shift_ptr)
+            row_targets = target_columns(target_ptr, rows, n, m, first_column, USES_TARGET)
+            column_targets = columns
+            if SYMMETRIC:
+                column_targets = target_columns(target_ptr, columns, m, n, first_column, USES_TARGET)
+            rare = holds_exceptional(
+                i0, j0, n, m, self_offset, row_targets, column_targets,
+                SYMMETRIC, USES_SELF, USES_TARGET, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            rare = rare | _any_flagged(row_statistics_ptr, rows, n, shift, threshold, ROW_TERMS)
+            rare = rare | _any_flagged(column_statistics_ptr, columns, m, shift, threshold, COLUMN_TERMS)
+            if rare:
+                for i in range(i0, tl.minimum(i0 + BLOCK_M, row_end), PIECE):
+                    first_piece = j0
+                    if MIRROR:
+                        first_piece = tl.maximum(j0, i)
+                    for j in range(first_piece, tl.minimum(j0 + BLOCK_N, column_end), PIECE):
+                        weights = _masked_weights(
+                            a_ptr, b_ptr, scale, scale_log2, target_ptr, row_tags, column_tags,
+                            row_statistics_ptr, column_statistics_ptr, row_incoming_ptr, column_incoming_ptr,
+                            i, j, n, m, d, stride_a, stride_b, self_offset, first_column,
+                            ROW_TERMS, COLUMN_TERMS, SYMMETRIC, USES_TARGET, LABEL_WIDTH,
+                            EVEN_D, PRECISION, PIECE, BLOCK_D,
+                        )  # fmt: skip
+                        _store(
+                            panel_ptr, panel_stride, weights, i - row_begin, j - column_begin, MIRROR and i < j,
+                            multiplier_ptr, PIECE, PIECE,
+                        )  # fmt: skip
+            else:
+                products = tile_products(
+                    a_ptr, b_ptr, a_tiles, b_tiles, i0, j0, n, m, d, stride_a, stride_b,
+                    BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION,
+                )  # fmt: skip
+                shift_log2 = shift * LOG2_E
+                exponentials = tl.exp2(products * scale_log2 - shift_log2)
+                of_rows = load_tags(row_tags, rows, n)
+                of_columns = load_tags(column_tags, columns, m)
+                of_tags = tag_tests(of_rows, of_columns, LABEL_WIDTH)
+                weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                weights = add_plain(
+                    weights, exponentials, shift_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
+                    of_tags + above_test(products, scale, of_rows, ALONG_ROWS), ROW_TERMS, ALONG_ROWS,
+                )  # fmt: skip
+                weights = add_plain(
+                    weights, exponentials, shift_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
+                    of_tags + above_test(products, scale, of_columns, ALONG_COLUMNS), COLUMN_TERMS, ALONG_COLUMNS,
                 )  # fmt: skip
                 _store(
-                    panel_ptr, panel_stride, weights, i - row_begin, j - column_begin, MIRROR and i < j,
-                    multiplier_ptr, PIECE, PIECE,
-                )  # fmt: skip
-    else:
-        products = inner_products(
-            a_ptr, b_ptr, rows, columns, n, m, d, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_D, EVEN_D, PRECISION
-        )
-        shift_log2 = shift * LOG2_E
-        exponentials = tl.exp2(products * scale_log2 - shift_log2)
-        of_rows = load_tags(row_tags, rows, n)
-        of_columns = load_tags(column_tags, columns, m)
-        of_tags = tag_tests(of_rows, of_columns, LABEL_WIDTH)
-        weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        weights = add_plain(
-            weights, exponentials, shift_log2, row_statistics_ptr, row_incoming_ptr, rows, n,
-            of_tags + above_test(products, scale, of_rows, ALONG_ROWS), ROW_TERMS, ALONG_ROWS,
-        )  # fmt: skip
-        weights = add_plain(
-            weights, exponentials, shift_log2, column_statistics_ptr, column_incoming_ptr, columns, m,
-            of_tags + above_test(products, scale, of_columns, ALONG_COLUMNS), COLUMN_TERMS, ALONG_COLUMNS,
-        )  # fmt: skip
-        _store(
-            panel_ptr,
-            panel_stride,
-            weights,
-            i0 - row_begin,
-            j0 - column_begin,
-            MIRROR,
-            multiplier_ptr,
-            BLOCK_M,
-            BLOCK_N,
-        )
+                    panel_ptr,
+                    panel_stride,
+                    weights,
+                    i0 - row_begin,
+                    j0 - column_begin,
+                    MIRROR,
+                    multiplier_ptr,
+                    BLOCK_M,
+                    BLOCK_N,
+                )

@@ -1,10 +1,10 @@
 """Backend `cuda`: CUDA C++ kernels for compute capability 8.0 and later, in ``csrc/cuda``.
 
 Compiled and checked, not run on a GPU yet, so that no call takes it that doesn't ask for it. It is there where
-``setup.py`` built the extension ``fastcl._cuda``, which is loaded on first use.
+``setup.py`` built the extension ``fastcl._cuda``, which is loaded on first use (``binding.py``).
 
 May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share. The forward's kernels are one call; the
-backward's kernel writes panels of W, which library products multiply.
+backward's kernel writes panels of W, which library products multiply. ``pairs.py`` has the panel functions.
 
 On compute capability 9.0 bfloat16 and float16 take kernels of their own, where those were built; float32 does not. The
 environment variable ``FASTCL_CUDA_KERNELS`` forces one path for them, to compare the two: ``portable``, or ``hopper``.
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from fastcl import tuning
 from fastcl.backends import panels
+from fastcl.backends.cuda.binding import aligned, capability, extension, high_precision, run, takes, unavailable
+from fastcl.backends.cuda.pairs import PANEL_KERNELS
 from fastcl.backends.shift import fixed_shift, flag_threshold
 from fastcl.backends.softmax import two_sweeps
 from fastcl.terms import (
@@ -40,21 +42,22 @@ from fastcl.terms import (
     Tags,
 )
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LOWEST_CAPABILITY = (8, 0)
+__all__ = [
+    "PANEL_KERNELS",
+    "cross_entropy",
+    "gradient",
+    "refuses",
+    "statistics",
+    "supports",
+    "takes",
+    "unavailable",
+]
+
 _HOPPER = (9, 0)
 _HALF = (torch.bfloat16, torch.float16)
 _PATHS = ("portable", "hopper", "registers")
 _REDUCE_CODES = {Reduce.LSE: 0, Reduce.SUM: 1, Reduce.MAX: 2}
 _TEST_CODES = {False: -1, None: 0, True: 1}
-PANEL_KERNELS = {}
-
-
-def unavailable() -> str | None:
-    extension, reason = _load()
-    if extension is not None and extension.DEVICE == "cuda" and not torch.cuda.is_available():
-        return "there is no CUDA device"
-    return reason
 
 
 def refuses(plan: Plan) -> str | None:
@@ -62,29 +65,23 @@ def refuses(plan: Plan) -> str | None:
 
 
 def supports(plan: Plan, operands: Operands) -> str | None:
-    if (reason := unavailable()) is not None:
-        return reason
     a = operands.a
-    if a.device.type != _extension().DEVICE:
-        return f"the tensors are on {a.device.type}, not on a CUDA device"
-    if a.is_cuda and torch.cuda.get_device_capability(a.device) < _LOWEST_CAPABILITY:
-        return f"{torch.cuda.get_device_name(a.device)} has a compute capability below 8.0"
-    if a.dtype not in _DTYPES:
-        return f"{a.dtype} is not one of float32, bfloat16, float16"
-    if 0 in (*operands.shape, a.shape[1]):
+    if (reason := takes(a)) is not None:
+        return reason
+    if 0 in operands.shape:
         return "an operand is empty"
-    if max(operands.shape) > _extension().MOST_ROWS:
-        return f"an operand has more than {_extension().MOST_ROWS} rows"
+    if max(operands.shape) > extension().MOST_ROWS:
+        return f"an operand has more than {extension().MOST_ROWS} rows"
     if plan.symmetric and (plan.columns or operands.b is not None or operands.row0 != operands.col0):
         return "a symmetric plan takes one operand, row terms only, and row0 == col0"
-    if max(len(plan.rows), len(plan.columns)) > _extension().MOST_TERMS:
-        return f"more than {_extension().MOST_TERMS} terms along one axis"
+    if max(len(plan.rows), len(plan.columns)) > extension().MOST_TERMS:
+        return f"more than {extension().MOST_TERMS} terms along one axis"
     return refuses(plan)
 
 
 def statistics(plan: Plan, operands: Operands) -> Statistics:
     x = _inputs(plan, operands)
-    return Statistics(*_run("statistics", x.a.device, *x.arguments(plan)))
+    return Statistics(*run("statistics", x.a.device, *x.arguments(plan)))
 
 
 def gradient(
@@ -101,7 +98,7 @@ def gradient(
     if _takes_registers(plan, x.a):
 
         def product(transposed: bool) -> Tensor:
-            return _run("gradient", x.a.device, *x.without_tags(plan), *vectors, multiplier, transposed)
+            return run("gradient", x.a.device, *x.without_tags(plan), *vectors, multiplier, transposed)
 
         return Products(product(False) if needs_a else None, product(True) if needs_b and not plan.symmetric else None)
     arguments = (*x.arguments(plan), *vectors, multiplier)
@@ -111,9 +108,9 @@ def gradient(
         x.b,
         needs_a,
         needs_b,
-        (_extension().TILE, _extension().TILE),
-        tuning.workspace_bytes(_capability(x.a)),
-        lambda panel, out: _run("weights", x.a.device, *arguments, *panel, out),
+        (extension().TILE, extension().TILE),
+        tuning.workspace_bytes(capability(x.a)),
+        lambda panel, out: run("weights", x.a.device, *arguments, *panel, out),
         multiplier,
     )
 
@@ -137,10 +134,9 @@ class _Inputs(NamedTuple):
     flag_below: float
 
     def arguments(self, plan: Plan) -> tuple[Any, ...]:
-        high_precision = torch.get_float32_matmul_precision() == "highest"
         vectors = (self.a, self.b, self.scale, self.shift, self.target)
         numbers = (self.label_width, self.self_offset, self.flag_below)
-        how = (plan.symmetric, high_precision, _takes_hopper(self.a))
+        how = (plan.symmetric, high_precision(), _takes_hopper(self.a))
         return (*vectors, *self.row_tags, *self.column_tags, *numbers, _term_codes(plan), *how)
 
     def without_tags(self, plan: Plan) -> tuple[Any, ...]:
@@ -151,13 +147,13 @@ class _Inputs(NamedTuple):
 
 def _inputs(plan: Plan, operands: Operands) -> _Inputs:
     n, m = operands.shape
-    a = _aligned(operands.a.detach())
+    a = aligned(operands.a.detach())
     scale = operands.scale.detach().float()
     target = operands.target if plan.tests("target") else None
     row_tags = _tags(plan, operands.row_tags, Axis.ROW)
     return _Inputs(
         a=a,
-        b=a if operands.b is None else _aligned(operands.b.detach()),
+        b=a if operands.b is None else aligned(operands.b.detach()),
         scale=scale,
         # a negative shift would only cost accuracy: nothing underflows without one
         shift=fixed_shift(operands, scale).clamp_min(0.0),
@@ -186,9 +182,9 @@ def _takes_registers(plan: Plan, a: Tensor) -> bool:
     """Whether a backward has its sums in registers in place of panels of W."""
     path = _forced_path()
     depth = a.shape[1]
-    if a.dtype not in _HALF or not plan.names_pairs or depth > _extension().MOST_OWN_DEPTH:
+    if a.dtype not in _HALF or not plan.names_pairs or depth > extension().MOST_OWN_DEPTH:
         return False
-    return path == "registers" if path is not None else tuning.cuda_registers("half", _capability(a), depth)
+    return path == "registers" if path is not None else tuning.cuda_registers("half", capability(a), depth)
 
 
 def _forced_path() -> str | None:
@@ -198,28 +194,12 @@ def _forced_path() -> str | None:
     return path
 
 
-def _capability(a: Tensor) -> tuple[int, int] | None:
-    return torch.cuda.get_device_capability(a.device) if a.is_cuda else None
-
-
 def _refuses_hopper(a: Tensor) -> str | None:
-    if not _extension().HAS_HOPPER:
+    if not extension().HAS_HOPPER:
         return "the extension was not built for compute capability 9.0"
     if a.is_cuda and torch.cuda.get_device_capability(a.device) != _HOPPER:
         return f"{torch.cuda.get_device_name(a.device)} does not have compute capability 9.0"
     return None
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Rows apart from each other that begin where asynchronous copies can read them: x itself, or a copy."""
-    alignment = _extension().ALIGNMENT
-    pitch = x.stride(0) * x.element_size()
-    apart = x.stride(0) >= x.shape[1]
-    if apart and x.stride(1) == 1 and pitch % alignment == 0 and x.data_ptr() % alignment == 0:
-        return x
-    multiple = alignment // x.element_size()
-    rows, depth = x.shape
-    return x.new_empty(rows, -(-depth // multiple) * multiple)[:, :depth].copy_(x)
 
 
 def _local_columns(target: Tensor, m: int) -> Tensor:
@@ -235,16 +215,6 @@ def _tags(plan: Plan, tags: Tags, axis: Axis) -> Tags:
     return Tags(labels, ids, None if threshold is None else threshold.detach().float())
 
 
-def _run(name: str, device: torch.device, *arguments: Any) -> Any:
-    """Calls an operator on the operands' device and in its current stream."""
-    _extension()
-    operator = getattr(torch.ops.fastcl_cuda, name)
-    if device.type != "cuda":
-        return operator(*arguments, 0)
-    with torch.cuda.device(device):
-        return operator(*arguments, torch.cuda.current_stream().cuda_stream)
-
-
 @functools.lru_cache(maxsize=256)
 def _term_codes(plan: Plan) -> Tensor:
     """The plan's terms as int64 [T, 7]: reduce, axis, and the tests of the mask in their order."""
@@ -257,20 +227,3 @@ def _term_codes(plan: Plan) -> Tensor:
         for term in plan.terms
     ]
     return torch.tensor(codes, dtype=torch.int64).reshape(-1, 2 + len(fields(Mask)))
-
-
-@functools.lru_cache(maxsize=1)
-def _load() -> tuple[Any, str | None]:
-    """The extension or None, and the reason why it could not be loaded or None."""
-    try:
-        from fastcl import _cuda
-    except ImportError as error:
-        return None, f"the CUDA extension is not built or can't be loaded ({error})"
-    return _cuda, None
-
-
-def _extension() -> Any:
-    extension, reason = _load()
-    if extension is None:
-        raise RuntimeError(reason)
-    return extension
