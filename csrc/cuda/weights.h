@@ -1,4 +1,5 @@
-// The backward's only kernel: one panel of the gradient matrix W from a recomputed S. Library products multiply it.
+// S becomes W; and the kernel that writes one panel of the gradient matrix W from a recomputed S, which library
+// products multiply.
 //
 // W[i, j] is the sum over terms of (incoming gradient) * (slope of the term at S[i, j]). With L a row's or column's
 // log-sum-exp the slope is exp(S - L); as exp(S - c) * exp(c - L) it costs one exponential a pair for all terms
