@@ -181,6 +181,18 @@ std::tuple<Tensor, Tensor> statistics(Tensor a, std::optional<Tensor> b, Tensor 
   return {rows, columns};
 }
 
+// What W is made from beside S.
+template <class Arguments>
+void set_statistics(Arguments& call, const Tensor& rows, const Tensor& columns, const Tensor& grad_rows,
+                    const Tensor& grad_columns, const std::optional<Tensor>& multiplier) {
+  const int64_t of_rows = int64_t{call.plan.rows.count} * call.s.shape.rows;
+  const int64_t of_columns = call.plan.symmetric ? 0 : int64_t{call.plan.columns.count} * call.s.shape.columns;
+  call.rows = {numbers(rows, of_rows, "rows"), numbers(grad_rows, of_rows, "grad_rows")};
+  call.columns = {numbers(columns, of_columns, "columns"), numbers(grad_columns, of_columns, "grad_columns")};
+  if (call.plan.symmetric) call.columns = call.rows;
+  if (multiplier.has_value()) call.multiplier = numbers(*multiplier, 1, "multiplier");
+}
+
 cuda::Panel panel(int64_t row_begin, int64_t row_end, int64_t column_begin, int64_t column_end, int64_t n, int64_t m) {
   STD_TORCH_CHECK(0 <= row_begin && row_begin < row_end && row_end <= n && 0 <= column_begin &&
                       column_begin < column_end && column_end <= m,
@@ -213,12 +225,7 @@ void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std:
   call.flag_below = static_cast<float>(flag_below);
   const int64_t n = call.s.shape.rows;
   const int64_t m = call.s.shape.columns;
-  const int64_t of_rows = call.plan.rows.count * n;
-  const int64_t of_columns = symmetric ? 0 : call.plan.columns.count * m;
-  call.rows = {numbers(rows, of_rows, "rows"), numbers(grad_rows, of_rows, "grad_rows")};
-  call.columns = {numbers(columns, of_columns, "columns"), numbers(grad_columns, of_columns, "grad_columns")};
-  if (symmetric) call.columns = call.rows;
-  if (multiplier.has_value()) call.multiplier = numbers(*multiplier, 1, "multiplier");
+  set_statistics(call, rows, columns, grad_rows, grad_columns, multiplier);
   call.panel = panel(row_begin, row_end, column_begin, column_end, n, m);
   STD_TORCH_CHECK(!mirror || (symmetric && row_begin == column_begin && row_end == column_end),
                   "a mirrored panel lies on the diagonal of a symmetric plan");
@@ -227,6 +234,27 @@ void weights(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std:
   call.out = static_cast<unsigned char*>(out.mutable_data_ptr());
   const cuda::Dtype type = dtype(a, high_precision);
   check(cuda::weights(type, path(type, hopper), call, reinterpret_cast<void*>(stream)));
+}
+
+// W @ B, or W.T @ A where `transposed`, of a plan whose masks test no tags; W is rounded to a's dtype.
+Tensor gradient(Tensor a, std::optional<Tensor> b, Tensor scale, Tensor shift, std::optional<Tensor> target,
+                int64_t self_offset, double flag_below, Tensor terms, bool symmetric, Tensor rows, Tensor columns,
+                Tensor grad_rows, Tensor grad_columns, std::optional<Tensor> multiplier, bool transposed,
+                int64_t stream) {
+  cuda::GradientArguments call{};
+  call.s = similarity(a, b, scale, shift, target, {}, {}, 0, self_offset);
+  call.plan = make_plan(terms, symmetric, call.s);
+  call.flag_below = static_cast<float>(flag_below);
+  const cuda::Dtype type = dtype(a, true);
+  STD_TORCH_CHECK(type != cuda::Dtype::kTf32x3 && a.size(1) <= cuda::kMostOwnDepth,
+                  "sums in registers take bfloat16 and float16, rows of at most ", cuda::kMostOwnDepth, " numbers");
+  STD_TORCH_CHECK(!(symmetric && transposed), "a symmetric plan has one product");
+  set_statistics(call, rows, columns, grad_rows, grad_columns, multiplier);
+  if (transposed) call = cuda::exchanged(call);
+  Tensor out = new_float(a, call.s.operands.a.count, a.size(1));
+  call.out = out.mutable_data_ptr<float>();
+  check(cuda::gradient(type, call, reinterpret_cast<void*>(stream)));
+  return out;
 }
 
 // Numbers of rows or columns, [k, count].
@@ -308,6 +336,10 @@ STABLE_TORCH_LIBRARY(fastcl_cuda, m) {
       "Tensor? multiplier, int row_begin, int row_end, int column_begin, int column_end, bool mirror, "
       "Tensor(a!) out, int stream) -> ()");
   m.def(
+      "gradient(Tensor a, Tensor? b, Tensor scale, Tensor shift, Tensor? target, int self_offset, float flag_below, "
+      "Tensor terms, bool symmetric, Tensor rows, Tensor columns, Tensor grad_rows, Tensor grad_columns, "
+      "Tensor? multiplier, bool transposed, int stream) -> Tensor");
+  m.def(
       "pairs(int function, float first_constant, float second_constant, Tensor a, Tensor b, Tensor scale, "
       "Tensor bias, Tensor? row0, Tensor? row_params, Tensor? column_params, Tensor? incoming, Tensor? found, "
       "Tensor? row_labels, Tensor? row_ids, Tensor? column_labels, Tensor? column_ids, Tensor? guide, "
@@ -319,6 +351,7 @@ STABLE_TORCH_LIBRARY(fastcl_cuda, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastcl_cuda, FASTCL_DISPATCH_KEY, m) {
   m.impl("statistics", TORCH_BOX(&statistics));
   m.impl("weights", TORCH_BOX(&weights));
+  m.impl("gradient", TORCH_BOX(&gradient));
   m.impl("pairs", TORCH_BOX(&pairs));
 }
 
@@ -337,6 +370,7 @@ PyMODINIT_FUNC PyInit__cuda(void) {
       PyModule_AddIntConstant(self, "HAS_HOPPER", kHasHopper) != 0 ||
       PyModule_AddIntConstant(self, "ALIGNMENT", cuda::kChunkBytes) != 0 ||
       PyModule_AddIntConstant(self, "MOST_TERMS", cuda::kMostTerms) != 0 ||
+      PyModule_AddIntConstant(self, "MOST_OWN_DEPTH", cuda::kMostOwnDepth) != 0 ||
       PyModule_AddIntConstant(self, "MOST_ROWS", cuda::kMostRows) != 0) {
     return nullptr;
   }

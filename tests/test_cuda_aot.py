@@ -41,10 +41,15 @@ MOST_SHARED_BYTES = 232_448
 
 SWEEPS, WEIGHTS = ("sweep", "sweep_tagged"), ("weights", "weights_tagged")
 """The kernels for plans without tags and with."""
+GRADIENTS = {f"gradient_{depth}": blocks for depth, blocks in ((64, 3), (128, 2), (256, 2))}
+"""The kernels with sums in registers, by the longest rows that they take: blocks that an SM holds."""
 BLOCKS = {(name, "Tf32x3"): 1 for name in (*SWEEPS, *WEIGHTS, "pairs")} | {
     ("redo", precision): 1 for precision in PRECISIONS
 }
+BLOCKS |= {(name, precision): blocks for name, blocks in GRADIENTS.items() for precision in HOPPER_PRECISIONS}
 """Blocks that an SM of compute capability 8.0 or 9.0 holds, where not 2."""
+BLOCKS_ON_89 = {"gradient_64": 2}
+"""Where not 1."""
 
 
 def _cuda_tool(name: str) -> str | None:
@@ -82,6 +87,7 @@ def _kernels(cubin: Path) -> Iterator[Kernel]:
     for symbol, registers, stack in usage:
         name = ("hopper_" if "6hopper" in symbol else "") + re.search(r"([a-z]+)_kernel", symbol).group(1)
         name += "_tagged" if "Lb1E" in symbol else ""
+        name += "".join(f"_{depth}" for depth in re.findall(r"Li(\d+)E", symbol))
         precision = re.search(r"INS0_\d+(\w+?)E", symbol)
         yield Kernel(name, precision.group(1) if precision else "", int(registers), int(stack), bodies[symbol])
 
@@ -118,7 +124,8 @@ def hopper(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Kernel], str]
 def test_every_instantiation_is_there(architecture: str, kernels: Callable[[str], list[Kernel]]) -> None:
     names = Counter((kernel.name, kernel.precision) for kernel in kernels(architecture))
     of_precision = {(name, precision): 1 for name in (*SWEEPS, *WEIGHTS, "redo", "pairs") for precision in PRECISIONS}
-    assert names == of_precision | {("combine", ""): 1}
+    in_registers = {(name, precision): 1 for name in GRADIENTS for precision in HOPPER_PRECISIONS}
+    assert names == of_precision | in_registers | {("combine", ""): 1}
 
 
 @pytest.mark.slow
@@ -136,6 +143,12 @@ def test_products_and_copies(architecture: str, kernels: Callable[[str], list[Ke
         least = {PRECISIONS[kernel.precision]: 32, r"LDGSTS\.E\.BYPASS\.128": 4, "LDSM": 6}
         if kernel.precision == "Tf32x3":
             least[PRECISIONS["Tf32x3"]] *= 3
+        if kernel.name in GRADIENTS:
+            # the same number of products for S and for the sums, whose right operands come transposed
+            warps, depth = 4, int(kernel.name.removeprefix("gradient_"))
+            rows = 64 if depth == 256 else 128
+            least[PRECISIONS[kernel.precision]] = 2 * rows // warps * 32 * depth // (16 * 8 * 16)
+            least[r"LDSM\.16\.MT88\.4"] = 32 * depth // (16 * 16)
         for instruction, count in least.items():
             assert len(re.findall(instruction, kernel.instructions)) >= count, (kernel[:4], instruction)
         assert not re.search(r"(?<![.\w])(ATOM|ATOMG|RED)\b", kernel.instructions), kernel[:4]
@@ -192,7 +205,8 @@ def test_blocks_on_an_sm(
             assert blocks == 1, kernel[:4]
             assert shared <= MOST_SHARED_BYTES, kernel[:4]
         elif kernel.name != "combine":
-            assert blocks == (1 if capability == 89 else BLOCKS.get((kernel.name, kernel.precision), 2)), kernel[:4]
+            on_89 = BLOCKS_ON_89.get(kernel.name, 1)
+            assert blocks == (on_89 if capability == 89 else BLOCKS.get((kernel.name, kernel.precision), 2)), kernel[:4]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import math
 import shutil
 import subprocess
@@ -44,6 +45,7 @@ BOTH_AXES = Plan(
         Term(Reduce.MAX, NOT_SELF),
     )
 )
+ROWS = Plan((Term(Reduce.LSE, Mask(target=False)), Term(Reduce.SUM, Mask(target=True))))
 SUP_CON = Plan(
     (
         Term(Reduce.LSE, Mask(label=False, id=False)),
@@ -135,6 +137,21 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCL_CUDA_KERNELS", "hopper")
 
 
+@pytest.fixture
+def registers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Sums in registers wherever they can be; the operators that were called."""
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", "registers")
+    called = []
+    run = cuda.run
+
+    def noted(name: str, *arguments: object) -> object:
+        called.append(name)
+        return run(name, *arguments)
+
+    monkeypatch.setattr(cuda, "run", noted)
+    return called
+
+
 def make(plan: Plan, n: int, m: int, dim: int, dtype: torch.dtype, scale: float) -> Operands:
     def unit(count: int) -> torch.Tensor:
         return torch.nn.functional.normalize(torch.randn(count, dim), dim=1).to(dtype)
@@ -199,6 +216,63 @@ def test_several_panels_on_hopper(plan: Plan, dtype: torch.dtype, tolerance: flo
         check_gradient(plan, operands, tolerance)
 
 
+@EACH_LOSS
+def test_sums_in_registers_agree_with_float64(loss: Loss, registers: list[str]) -> None:
+    check_against_float64(loss, 75, 33, torch.float16, "cuda")
+    assert not {"gradient", "weights"} <= set(registers)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+@pytest.mark.parametrize("dim", [20, 100, 136])
+@pytest.mark.parametrize("plan", [SYMMETRIC, BOTH_AXES, ROWS], ids=["symmetric", "both-axes", "rows"])
+def test_sums_in_registers(plan: Plan, dim: int, dtype: torch.dtype, tolerance: float, registers: list[str]) -> None:
+    """For each length of rows that there is a kernel for, of several blocks and tiles, the last ones ragged."""
+    check_gradient(plan, make(plan, 140, 140 if plan.symmetric else 170, dim, dtype, 12.0), tolerance)
+    assert registers == ["statistics", "gradient", *["gradient"] * (not plan.symmetric)]
+
+
+def test_sums_in_registers_of_a_shard(registers: list[str]) -> None:
+    operands = replace(make(BOTH_AXES, 140, 150, 16, torch.float16, 10.0), row0=1000, col0=990)
+    check_gradient(BOTH_AXES, replace(operands, target=operands.target + 990), 5e-4)
+    assert "weights" not in registers
+
+
+def test_sums_in_registers_of_one_operand(registers: list[str]) -> None:
+    operands = make(BOTH_AXES, 40, 50, 16, torch.float16, 10.0)
+    values = cuda.statistics(BOTH_AXES, operands)
+    incoming = Statistics(*map(torch.ones_like, values))
+    both = cuda.gradient(BOTH_AXES, operands, values, incoming, True, True)
+    registers.clear()
+    only_a = cuda.gradient(BOTH_AXES, operands, values, incoming, True, False)
+    only_b = cuda.gradient(BOTH_AXES, operands, values, incoming, False, True)
+    assert registers == ["gradient"] * 2
+    assert only_a.b is None
+    assert only_b.a is None
+    assert torch.equal(both.a, only_a.a)
+    assert torch.equal(both.b, only_b.b)
+
+
+def test_where_sums_are_in_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a table says so, in half precision, without tags; panels of W otherwise."""
+
+    def taken(plan: Plan, dim: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return cuda._takes_registers(plan, torch.zeros(2, dim, dtype=dtype))
+
+    monkeypatch.delenv("FASTCL_CUDA_KERNELS", raising=False)
+    assert not any(taken(SYMMETRIC, dim) for dim in (16, 64, 128, 256))
+    content = json.loads((Path(tuning.__file__).parent / "default.json").read_text())
+    (tmp_path / "measured.json").write_text(json.dumps(content | {"cuda_registers": {"half": [64, 256]}}))
+    monkeypatch.setattr(tuning, "table", lambda capability: tuning._read(tmp_path / "measured.json"))
+    assert [dim for dim in (1, 63, 64, 65, 128, 129, 256, 257) if taken(SYMMETRIC, dim)] == [1, 63, 64, 129, 256]
+    assert not taken(SUP_CON, 64)
+    assert not taken(SYMMETRIC, 64, torch.float32)
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", "portable")
+    assert not taken(SYMMETRIC, 64)
+    monkeypatch.setenv("FASTCL_CUDA_KERNELS", "registers")
+    assert [dim for dim in (1, 128, 256, 257) if taken(BOTH_AXES, dim)] == [1, 128, 256]
+    assert not taken(SUP_CON, 64)
+
+
 def test_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both can be forced; only a GPU of compute capability 9.0 takes the Hopper kernels by itself, float32 never."""
     half, single = torch.zeros(2, 8, dtype=torch.float16), torch.zeros(2, 8)
@@ -213,7 +287,9 @@ def test_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"not built for compute capability 9\.0"):
         cuda._takes_hopper(half)
     monkeypatch.setenv("FASTCL_CUDA_KERNELS", "blackwell")
-    with pytest.raises(ValueError, match="FASTCL_CUDA_KERNELS must be one of portable, hopper, got 'blackwell'"):
+    with pytest.raises(
+        ValueError, match="FASTCL_CUDA_KERNELS must be one of portable, hopper, registers, got 'blackwell'"
+    ):
         cuda._takes_hopper(half)
 
 

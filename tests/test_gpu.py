@@ -95,11 +95,17 @@ def test_larger_and_colder(loss: Loss, dtype: torch.dtype, backend: str) -> None
 
 
 @pytest.mark.skipif("cuda" not in ON_GPU, reason="the backend cuda is not available")
-@pytest.mark.parametrize("path", ["portable", "hopper"])
-@pytest.mark.parametrize("depth", [40, 250, 520])
+@pytest.mark.parametrize(
+    ("path", "depth"),
+    [(path, depth) for path in ("portable", "hopper") for depth in (40, 250, 520)]
+    + [("registers", depth) for depth in (40, 100, 250)],
+)
 @pytest.mark.parametrize("loss", OF_EACH_SHAPE, ids=lambda loss: loss.name)
-def test_both_paths_of_cuda(loss: Loss, depth: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that a Hopper sweep keeps in shared memory and deeper ones, and the portable kernels on the same device."""
+def test_each_path_of_cuda(loss: Loss, path: str, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a Hopper sweep keeps in shared memory and deeper ones, and the portable kernels on the same device.
+
+    Backwards with their sums in registers for each length of rows that there is such a kernel for.
+    """
     if path == "hopper" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip(f"{torch.cuda.get_device_name()} does not have compute capability 9.0")
     monkeypatch.setenv("FASTCL_CUDA_KERNELS", path)

@@ -37,6 +37,17 @@ int weights(Dtype dtype, Path path, const WeightsArguments& call, void* stream) 
   return launcher.error;
 }
 
+int gradient(Dtype dtype, const GradientArguments& call, void* stream) {
+  Launcher launcher(stream);
+  for_precision(dtype, [&](auto precision) {
+    using Precision = decltype(precision);
+    if constexpr (Precision::kBytes == 2) {
+      launch_gradient<Precision>(call, [&](auto... arguments) { launcher(arguments...); });
+    }
+  });
+  return launcher.error;
+}
+
 int pairs(Dtype dtype, const PairsArguments& call, void* stream) {
   Launcher launcher(stream);
   for_precision(dtype, [&](auto precision) {

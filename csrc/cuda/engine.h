@@ -40,4 +40,8 @@ int statistics(Dtype dtype, Path path, const StatisticsCall& call, void* stream)
 int weights(Dtype dtype, Path path, const WeightsArguments& call, void* stream);
 int pairs(Dtype dtype, const PairsArguments& call, void* stream);  // portable only
 
+// For bfloat16 and float16, rows of at most kMostOwnDepth numbers and plans without tags.
+constexpr int kMostOwnDepth = 256;
+int gradient(Dtype dtype, const GradientArguments& call, void* stream);
+
 }  // namespace fastcl::cuda

@@ -7,6 +7,7 @@
 #include "engine.h"
 #include "finish.h"
 #include "pairs.h"
+#include "registers.h"
 #include "weights.h"
 
 namespace fastcl::cuda {
@@ -78,6 +79,27 @@ void launch_weights(const WeightsArguments& call, Launch launch) {
     launch(weights_kernel<Precision, tagged.value>, panel_tiles(call.panel), kThreads,
            sizeof(WeightsMemory<tagged.value>), call);
   });
+}
+
+// Kernels with sums in registers, for bfloat16 and float16: ldmatrix transposes elements of 2 bytes alone. Rows are
+// filled up to 64, 128 or 256 numbers, for which a thread has 64, 128 and 128 sums; more don't fit. Plans with tags
+// have no such kernel, whose masks need the registers that the sums are in.
+template <class Precision, class Launch>
+void launch_gradient(const GradientArguments& call, Launch launch) {
+  const auto launch_for = [&](auto depth) {
+    using Fragments = OwnRowsFragments<depth.value>;
+    launch(gradient_kernel<Precision, depth.value>,
+           static_cast<int>(ceil_div(call.s.operands.a.count, tile_rows<Fragments>())), Fragments::kThreads,
+           sizeof(GradientMemory<depth.value>), call);
+  };
+  const int depth = call.s.operands.depth_bytes / Precision::kBytes;
+  if (depth <= 64) {
+    launch_for(std::integral_constant<int, 64>());
+  } else if (depth <= 128) {
+    launch_for(std::integral_constant<int, 128>());
+  } else {
+    launch_for(std::integral_constant<int, kMostOwnDepth>());
+  }
 }
 
 template <class Precision, class Launch>

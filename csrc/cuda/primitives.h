@@ -53,6 +53,14 @@ FASTCL_DEVICE void load_matrices(uint32_t (&x)[4], const void* shared) {
                : "memory");
 }
 
+// The same of the matrices transposed, in elements of 2 bytes.
+FASTCL_DEVICE void load_matrices_transposed(uint32_t (&x)[4], const void* shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(shared))
+               : "memory");
+}
+
 // c += a * b for 16 x 8 products, b by columns.
 #define FASTCL_MULTIPLY(name, shape, type)                                                 \
   FASTCL_DEVICE void name(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \

@@ -1,6 +1,8 @@
 // What a call of the engine is about, on raw pointers to device memory.
 #pragma once
 
+#include <utility>
+
 #include "order.h"
 #include "terms.h"
 
@@ -51,6 +53,8 @@ struct Statistics {
 };
 
 struct WeightsArguments {
+  static constexpr bool exchanged = false;
+
   Similarity s;
   Plan plan;
   Statistics rows;
@@ -61,6 +65,28 @@ struct WeightsArguments {
   unsigned char* out;  // whole tiles, so that no store needs a mask
   int64_t out_pitch;   // bytes from row to row, a multiple of 16
 };
+
+// W @ B; with operands, terms and statistics exchanged, W.T @ A. The shape, the self pairs and the targets are those of
+// S in either case.
+struct GradientArguments {
+  Similarity s;
+  Plan plan;
+  Statistics rows;
+  Statistics columns;
+  float flag_below;
+  const float* multiplier;  // of W where it is rounded, on the device; null for 1
+  float* out;               // [a.count, depth], contiguous
+  bool exchanged = false;
+};
+
+inline GradientArguments exchanged(GradientArguments x) {
+  std::swap(x.s.operands.a, x.s.operands.b);
+  std::swap(x.s.row_tags, x.s.column_tags);
+  std::swap(x.plan.rows, x.plan.columns);
+  std::swap(x.rows, x.columns);
+  x.exchanged = !x.exchanged;
+  return x;
+}
 
 // Functions of every single pair (pair_functions.h), in the order of fastcl/backends/cuda/pairs.py.
 enum class PairFunction : int8_t {

@@ -9,12 +9,14 @@
 namespace fastcl::cuda {
 
 // What a thread holds of a tile: the number at its u-th row and v-th column.
-struct Accumulators {
-  float products[kProductsDown][kProductsAcross][4];
+template <int kDown, int kAcross>
+struct ProductAccumulators {
+  float products[kDown][kAcross][4];
 
   FASTCL_DEVICE float& at(int u, int v) { return products[u / 2][v / 2][u % 2 * 2 + v % 2]; }
   FASTCL_DEVICE float at(int u, int v) const { return products[u / 2][v / 2][u % 2 * 2 + v % 2]; }
 };
+using Accumulators = ProductAccumulators<kProductsDown, kProductsAcross>;
 
 // A block's threads, all of which share a tile.
 struct BlockTeam : BlockFragments {

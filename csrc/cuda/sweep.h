@@ -87,7 +87,7 @@ class Sweep {
   FASTCL_DEVICE bool find_exceptions(int i0, int j0, bool mirrored) {
     const Shape& shape = x_.s.shape;
     bool found = i0 > shape.rows - kTile || j0 > shape.columns - kTile;
-    if (x_.plan.uses_self) found |= has_self_pair(shape, i0, j0, kTile);
+    if (x_.plan.uses_self) found |= has_self_pair(shape, i0, j0, kTile, kTile);
     if constexpr (kTagged) load_tags<Team>(x_.s, i0, j0, memory_);
     if (!x_.plan.uses_target) {
       if constexpr (kTagged) Team::sync();

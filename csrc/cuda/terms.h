@@ -39,10 +39,10 @@ FASTCL_HOST_DEVICE bool counts(const PairTerm& term, const Shape& shape, int i, 
          passes(term.target, j == target_of_i);
 }
 
-// Whether the tile of `side` pairs a side at (i0, j0) has the self pair of one of its rows.
-FASTCL_HOST_DEVICE bool has_self_pair(const Shape& shape, int i0, int j0, int side) {
+// Whether the tile of so many rows and columns at (i0, j0) has the self pair of one of its rows.
+FASTCL_HOST_DEVICE bool has_self_pair(const Shape& shape, int i0, int j0, int rows, int columns) {
   const int64_t distance = static_cast<int64_t>(shape.self_offset) - (static_cast<int64_t>(j0) - i0);
-  return -side < distance && distance < side;
+  return -rows < distance && distance < columns;
 }
 
 // What the masks of a tile compare with: the targets of its rows, and where the plan is symmetric of its columns.

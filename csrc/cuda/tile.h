@@ -59,6 +59,16 @@ struct BlockFragments {
   }
 };
 
+// The rows and columns of the tile that a team shares, by what an accumulator of a product gives a lane.
+template <class Fragments>
+FASTCL_HOST_DEVICE constexpr int tile_rows() {
+  return Fragments::kWarpsDown * Fragments::kRows * 8;
+}
+template <class Fragments>
+FASTCL_HOST_DEVICE constexpr int tile_columns() {
+  return Fragments::kWarpsAcross * Fragments::kColumns * 4;
+}
+
 // After a sum across lanes (reduce.h) lane l has those of kRows / 4 of its rows from this one on, and of kColumns / 8
 // of its columns.
 template <class Fragments>

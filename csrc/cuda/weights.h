@@ -1,4 +1,5 @@
-// The backward's only kernel: one panel of the gradient matrix W from a recomputed S. Library products multiply it.
+// S becomes W; and the kernel that writes one panel of the gradient matrix W from a recomputed S, which library
+// products multiply.
 //
 // W[i, j] is the sum over terms of (incoming gradient) * (slope of the term at S[i, j]). With L a row's or column's
 // log-sum-exp the slope is exp(S - L); as exp(S - c) * exp(c - L) it costs one exponential a pair for all terms
@@ -29,28 +30,82 @@ struct TileFactors : TileTags<kTagged> {
   AxisFactors columns;
 };
 
-// A team's tiles of W. `staged` has room for one, on its way to memory.
-template <class Precision, class Team, bool kTagged>
-class Weights {
+// A term's log-sum-exp, sum or maximum at a row or column, and the loss's gradient with respect to it.
+struct OneStatistic {
+  float value;
+  float incoming;
+};
+
+// Tiles of S that become W in a team's registers. Arguments is WeightsArguments or GradientArguments, whose operands
+// may be exchanged: (j, i) of S is then at (i, j).
+template <class Arguments, class Team, bool kTagged>
+class TileWeights {
  public:
   using Accumulators = typename Team::Accumulators;
   using Memory = TileFactors<kTagged>;
 
-  FASTCL_DEVICE Weights(const WeightsArguments& x, Memory& memory, unsigned char* staged)
-      : x_(x), memory_(memory), staged_(staged), scale_log2_(*x.s.scale * kLog2E), shift_log2_(shift_log2(x.s)) {}
+  FASTCL_DEVICE TileWeights(const Arguments& x, Memory& memory)
+      : x_(x), memory_(memory), scale_log2_(*x.s.scale * kLog2E), shift_log2_(shift_log2(x.s)) {}
 
-  // Between two calls, and before the first, the team has met.
-  FASTCL_DEVICE void write_tile(int i0, int j0, Accumulators& values) {
-    if (find_exceptions(i0, j0)) {
+  // What the t-th term along an axis came to at a row or column of it, neutral over the edge.
+  FASTCL_DEVICE OneStatistic read_statistic(bool is_row, int t, int index) const {
+    const int count = axis_count(is_row);
+    if (index >= count) return {-kInfinity, 0.0f};
+    const Statistics& statistics = is_row ? x_.rows : x_.columns;
+    const int64_t at = static_cast<int64_t>(t) * count + index;
+    return {statistics.values[at], statistics.incoming[at]};
+  }
+
+  // Leaves the factors of a term for the tile's k-th row or column in shared memory; whether it is flagged.
+  FASTCL_DEVICE bool prepare_factors(bool is_row, int t, int k, OneStatistic statistic) {
+    AxisFactors& factors = is_row ? memory_.rows : memory_.columns;
+    factors.incoming[t][k] = statistic.incoming;
+    if ((is_row ? x_.plan.rows : x_.plan.columns).at[t].reduce != Reduce::kLogSumExp) return false;
+    const float lse = statistic.value;
+    const float excess = lse - *x_.s.shift;
+    factors.lse_log2[t][k] = lse == -kInfinity ? kInfinity : lse * kLog2E;
+    factors.ratio[t][k] = exp2_fast(shift_log2_ - factors.lse_log2[t][k]);
+    return (excess < x_.flag_below && lse > -kInfinity) || excess > kLargestExcess;
+  }
+
+  // Of all terms, for the k-th of those rows or columns that begin at `first`, and its target.
+  FASTCL_DEVICE bool prepare_all_factors(bool is_row, int first, int k) {
+    bool found = false;
+    for (int t = 0; t < (is_row ? x_.plan.rows : x_.plan.columns).count; ++t) {
+      found |= prepare_factors(is_row, t, k, read_statistic(is_row, t, first + k));
+    }
+    prepare_target(is_row, k, read_target(is_row, first + k));
+    return found;
+  }
+
+  FASTCL_DEVICE int read_target(bool is_row, int index) const {
+    return has_targets(is_row) && index < axis_count(is_row) ? x_.s.target[index] : -1;
+  }
+  FASTCL_DEVICE void prepare_target(bool is_row, int k, int target) {
+    if (has_targets(is_row)) (is_row ? memory_.rows : memory_.columns).targets[k] = target;
+  }
+
+  // Whether the target of the k-th row or column, which this thread has prepared, is in the tile at (i0, j0).
+  FASTCL_DEVICE bool has_target(bool is_row, int i0, int j0, int k) const {
+    if (!has_targets(is_row)) return false;
+    const int target = (is_row ? memory_.rows : memory_.columns).targets[k];
+    const int opposite = is_row ? j0 : i0;
+    return target >= opposite && target - opposite < (is_row ? tile_columns<Team>() : tile_rows<Team>());
+  }
+
+  FASTCL_DEVICE bool has_self_pair(int i0, int j0) const {
+    constexpr int kRows = tile_rows<Team>(), kColumns = tile_columns<Team>();
+    if (!x_.plan.uses_self) return false;
+    return x_.exchanged ? cuda::has_self_pair(x_.s.shape, j0, i0, kColumns, kRows)
+                        : cuda::has_self_pair(x_.s.shape, i0, j0, kRows, kColumns);
+  }
+
+  // Once the factors are there; `masked` where anything is flagged or for a mask to look at.
+  FASTCL_DEVICE void form(bool masked, int i0, int j0, Accumulators& values) {
+    if (masked) {
       form<true>(i0, j0, values);
     } else {
       form<false>(i0, j0, values);
-    }
-    stage_tile<Precision, Team, false>(values, staged_);
-    store(i0 - x_.panel.row_begin, j0 - x_.panel.column_begin);
-    if (x_.panel.mirror && i0 < j0) {
-      stage_tile<Precision, Team, true>(values, staged_);
-      store(j0 - x_.panel.column_begin, i0 - x_.panel.row_begin);
     }
   }
 
@@ -61,44 +116,11 @@ class Weights {
   using PartPairs = PairSet<kPartRows, kPartColumns>;
   using PartSets = TagSets<kPartRows, kPartColumns>;
 
-  // Whether anything in this tile is flagged or for a mask to look at; leaves the axes' factors and tags in shared
-  // memory.
-  FASTCL_DEVICE bool find_exceptions(int i0, int j0) {
-    bool found = x_.plan.uses_self && has_self_pair(x_.s.shape, i0, j0, kTile);
-    if constexpr (kTagged) load_tags<Team>(x_.s, i0, j0, memory_);
-#pragma unroll
-    for (int axis = Team::thread() / kTile; axis < 2; axis += Team::kThreads / kTile) {
-      found |= prepare_factors(axis == 0, i0, j0);
-    }
-    return Team::any(found);
-  }
+  FASTCL_DEVICE int axis_count(bool is_row) const { return is_row ? x_.s.operands.a.count : x_.s.operands.b.count; }
 
-  FASTCL_DEVICE bool prepare_factors(bool is_row, int i0, int j0) {
-    const int k = Team::thread() % kTile;
-    const int first = is_row ? i0 : j0;
-    const int count = is_row ? x_.s.shape.rows : x_.s.shape.columns;
-    const Terms& terms = is_row ? x_.plan.rows : x_.plan.columns;
-    const Statistics& statistics = is_row ? x_.rows : x_.columns;
-    AxisFactors& factors = is_row ? memory_.rows : memory_.columns;
-    const bool inside = first + k < count;
-    bool found = false;
-    for (int t = 0; t < terms.count; ++t) {
-      const int64_t at = static_cast<int64_t>(t) * count + first + k;
-      const float lse = inside ? statistics.values[at] : -kInfinity;
-      factors.incoming[t][k] = inside ? statistics.incoming[at] : 0.0f;
-      if (terms.at[t].reduce != Reduce::kLogSumExp) continue;
-      const float excess = lse - *x_.s.shift;
-      found |= (excess < x_.flag_below && lse > -kInfinity) || excess > kLargestExcess;
-      factors.lse_log2[t][k] = lse == -kInfinity ? kInfinity : lse * kLog2E;
-      factors.ratio[t][k] = exp2_fast(shift_log2_ - factors.lse_log2[t][k]);
-    }
-    if (x_.plan.uses_target && (is_row || x_.plan.symmetric)) {
-      const int opposite = is_row ? j0 : i0;
-      const int target = inside ? x_.s.target[first + k] : -1;
-      factors.targets[k] = target;
-      found |= target >= opposite && target - opposite < kTile;
-    }
-    return found;
+  // Whether rows, or columns, are those of S that have targets.
+  FASTCL_DEVICE bool has_targets(bool is_row) const {
+    return x_.plan.uses_target && (x_.plan.symmetric || is_row != x_.exchanged);
   }
 
   // S becomes W, a part at a time.
@@ -146,7 +168,7 @@ class Weights {
                                      bool along_columns, int u, int v) const {
     PartPairs counted = all_pairs<kPartRows, kPartColumns>();
     if (kMasked) {
-      const bool turned = along_columns && x_.plan.symmetric;
+      const bool turned = x_.plan.symmetric ? along_columns : x_.exchanged;
       counted = counted_pairs<Team, kPartRows, kPartColumns>(term, pairs, turned, Team::thread(), u, v);
     }
     if constexpr (kTagged) counted = tags.admitted(counted, term, along_columns);
@@ -197,6 +219,49 @@ class Weights {
     return slope * factors.incoming[t][index];
   }
 
+  const Arguments& x_;
+  Memory& memory_;
+  const float scale_log2_;
+  const float shift_log2_;
+};
+
+// A team's tiles of W. `staged` has room for one, on its way to memory.
+template <class Precision, class Team, bool kTagged>
+class Weights {
+ public:
+  using Accumulators = typename Team::Accumulators;
+  using Memory = TileFactors<kTagged>;
+
+  FASTCL_DEVICE Weights(const WeightsArguments& x, Memory& memory, unsigned char* staged)
+      : x_(x), memory_(memory), weights_(x, memory), staged_(staged) {}
+
+  // Between two calls, and before the first, the team has met.
+  FASTCL_DEVICE void write_tile(int i0, int j0, Accumulators& values) {
+    const bool masked = find_exceptions(i0, j0);
+    weights_.form(masked, i0, j0, values);
+    stage_tile<Precision, Team, false>(values, staged_);
+    store(i0 - x_.panel.row_begin, j0 - x_.panel.column_begin);
+    if (x_.panel.mirror && i0 < j0) {
+      stage_tile<Precision, Team, true>(values, staged_);
+      store(j0 - x_.panel.column_begin, i0 - x_.panel.row_begin);
+    }
+  }
+
+ private:
+  // Whether anything in this tile is flagged or for a mask to look at; leaves the axes' factors and tags in shared
+  // memory.
+  FASTCL_DEVICE bool find_exceptions(int i0, int j0) {
+    bool found = weights_.has_self_pair(i0, j0);
+    if constexpr (kTagged) load_tags<Team>(x_.s, i0, j0, memory_);
+#pragma unroll
+    for (int axis = Team::thread() / kTile; axis < 2; axis += Team::kThreads / kTile) {
+      const int k = Team::thread() % kTile;
+      found |= weights_.prepare_all_factors(axis == 0, axis == 0 ? i0 : j0, k);
+      found |= weights_.has_target(axis == 0, i0, j0, k);
+    }
+    return Team::any(found);
+  }
+
   // The staged tile into the panel, row by row in whole chunks.
   FASTCL_DEVICE void store(int row0, int column0) {
     constexpr int kElements = kChunkBytes / Precision::kBytes;
@@ -213,9 +278,8 @@ class Weights {
 
   const WeightsArguments& x_;
   Memory& memory_;
+  TileWeights<WeightsArguments, Team, kTagged> weights_;
   unsigned char* const staged_;
-  const float scale_log2_;
-  const float shift_log2_;
 };
 
 template <bool kTagged>

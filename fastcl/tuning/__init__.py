@@ -59,6 +59,8 @@ class Table:
     """(kernel, precision class) to (shape, configuration) pairs"""
     backends: Mapping[tuple[str, str], tuple[tuple[Mapping[str, int], str], ...]]
     """(kind of plan, precision class) to (shape, fastest backend) pairs; empty until they were measured"""
+    cuda_registers: Mapping[str, tuple[int, ...]]
+    """precision class to the D, powers of two, at which the backend `cuda` keeps a backward's sums in registers"""
 
 
 class _Override(NamedTuple):
@@ -115,6 +117,14 @@ def registers(precision: str, capability: tuple[int, int] | None, d: int) -> Con
     return next((config for _, config in entries if config.block_d // 2 < d <= config.block_d), None)
 
 
+def cuda_registers(precision: str, capability: tuple[int, int] | None, d: int) -> bool:
+    """Whether the backend `cuda` keeps a backward's sums in registers at this D, where panels of W were slower.
+
+    An entry is for all D whose next power of two, 64 at least, it is: the kernel's sums are that wide.
+    """
+    return max(64, 1 << (d - 1).bit_length()) in table(capability).cuda_registers.get(precision, ())
+
+
 @contextlib.contextmanager
 def override(
     config: Config | None = None, workspace_bytes: int | None = None, registers: Config | None = None
@@ -160,8 +170,14 @@ def _read(path: Path) -> Table:
     for entry in content.get("backends", ()):
         key = entry["plan"], entry["precision"]
         backends[key] = (*backends.get(key, ()), (entry["shape"], entry["fastest"]))
+    in_registers = {precision: tuple(depths) for precision, depths in content.get("cuda_registers", {}).items()}
     return Table(
-        tuple(content["capabilities"]), content["shared_memory"], content["workspace_bytes"], entries, backends
+        tuple(content["capabilities"]),
+        content["shared_memory"],
+        content["workspace_bytes"],
+        entries,
+        backends,
+        in_registers,
     )
 
 

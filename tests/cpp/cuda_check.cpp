@@ -89,6 +89,8 @@ constexpr Case kCases[] = {
     {"clip_whole", kClipRows, kOthers, false, 256, 384, 8, 30, 10.0f, Hurt::kNone},
     {"info_nce", kInfoNce, kNone, false, 290, 131, 17, -40, 15.0f, Hurt::kNone},
     {"targets", kInfoNce, kTargetColumns, false, 129, 385, 33, 200, 100.0f, Hurt::kRows},
+    {"targets_hurt", kInfoNce, kTargetColumns, false, 140, 200, 100, 20, 100.0f, Hurt::kColumns},
+    {"others_hurt", kOthers, kOnlyLse, false, 200, 290, 24, 40, 100.0f, Hurt::kRows},
     {"columns", kNone, kOnlyLse, false, 130, 129, 8, 0, 5.0f, Hurt::kNone},
     {"clip_deep", kClipRows, kClipColumns, false, 270, 260, 330, 3, 20.0f, Hurt::kNone},
     {"nt_xent_deep", kNtXent, kNone, true, 400, 400, 250, 0, 20.0f, Hurt::kNone},
@@ -269,14 +271,14 @@ class Check {
     const std::vector<double> want = judge_weights(row_values, row_incoming, column_values, column_incoming);
     const float multiplier = format_ == Format::kFloat16 ? 1024.0f : 1.0f;
     double weights_error = 0;
+    const Statistics of_rows{row_values.data(), row_incoming.data()};
+    const Statistics of_columns{column_values.data(), column_incoming.data()};
     for (const Panel& panel : panels()) {
       const int64_t down = ceil_div(panel.row_end - panel.row_begin, kTile) * kTile;
       const int64_t across = ceil_div(panel.column_end - panel.column_begin, kTile) * kTile;
       std::vector<uint32_t> out(down * across * bytes / 4 + 4, 0xffffffffu);
       unsigned char* data = reinterpret_cast<unsigned char*>(out.data());
       data += (kChunkBytes - reinterpret_cast<uintptr_t>(data) % kChunkBytes) % kChunkBytes;
-      const Statistics of_rows{row_values.data(), row_incoming.data()};
-      const Statistics of_columns{column_values.data(), column_incoming.data()};
       const WeightsArguments arguments{similarity,    plan,
                                        of_rows,       case_.symmetric ? of_rows : of_columns,
                                        flag_below_,   format_ == Format::kFloat16 ? &multiplier : nullptr,
@@ -293,12 +295,27 @@ class Check {
     // float32 sums and exponentials of logits up to `unit`, and what W is stored with.
     constexpr double kTolerance = 1e-6;
     const double stored = format_ == Format::kBFloat16 ? 0x1p-8 : format_ == Format::kFloat16 ? 0x1p-11 : 0.0;
+    double gradient_error = 0;
+    if constexpr (Precision::kBytes == 2 && !kHopper) {
+      if (!plan.tests_tags && case_.depth <= kMostOwnDepth) {
+        GradientArguments arguments{similarity,  plan,
+                                    of_rows,     case_.symmetric ? of_rows : of_columns,
+                                    flag_below_, format_ == Format::kFloat16 ? &multiplier : nullptr,
+                                    nullptr};
+        gradient_error = product_error<Precision>(arguments, want, stored + kTolerance * unit, launch);
+        if (!case_.symmetric) {
+          arguments = exchanged(arguments);
+          gradient_error =
+              std::max(gradient_error, product_error<Precision>(arguments, want, stored + kTolerance * unit, launch));
+        }
+      }
+    }
     const bool right = same && error <= kTolerance && weights_error <= kTolerance * unit + stored &&
-                       (flagged_ > 0) == (case_.hurt != Hurt::kNone);
+                       gradient_error <= 1 && (flagged_ > 0) == (case_.hurt != Hurt::kNone);
     static const char* const kFormats[] = {"bfloat16", "float16", "tf32", "tf32x3"};
-    std::printf("%-15s %-8s %-6s statistics %.1e, weights %.1e, flagged %d%s\n", case_.name,
-                kFormats[static_cast<int>(format_)], kHopper ? "hopper" : "", error, weights_error, flagged_,
-                right ? "" : "  WRONG");
+    std::printf("%-15s %-8s %-6s statistics %.1e, weights %.1e, in registers %.2f, flagged %d%s\n", case_.name,
+                kFormats[static_cast<int>(format_)], kHopper ? "hopper" : "", error, weights_error, gradient_error,
+                flagged_, right ? "" : "  WRONG");
     return right;
   }
 
@@ -460,6 +477,33 @@ class Check {
                                                           : float_from_bits(bits)) /
                            multiplier;
         const double difference = std::fabs(got - want[int64_t{i} * case_.m + j]) / largest;
+        error = std::isnan(difference) ? INFINITY : std::max(error, difference);
+      }
+    }
+    return error;
+  }
+
+  // Of W @ B, or of W.T @ A, where each weight may be wrong by `tolerance` times itself, and all of a row by 1e-6 of
+  // the largest: relative to that.
+  template <class Precision, class Launch>
+  double product_error(GradientArguments arguments, const std::vector<double>& want, double tolerance, Launch launch) {
+    const Rows& others = arguments.exchanged ? a_ : b_;
+    const int count = arguments.exchanged ? case_.m : case_.n;
+    std::vector<float> out = poisoned<float>(int64_t{count} * case_.depth);
+    arguments.out = out.data();
+    launch_gradient<Precision>(arguments, launch);
+    double largest = 0, error = 0;
+    for (double w : want) largest = std::max(largest, std::fabs(w));
+    for (int own = 0; own < count; ++own) {
+      for (int d = 0; d < case_.depth; ++d) {
+        double sum = 0, allowed = 0;
+        for (int other = 0; other < others.vectors.count; ++other) {
+          const double w = want[arguments.exchanged ? int64_t{other} * case_.m + own : int64_t{own} * case_.m + other];
+          const double x = others.exact[int64_t{other} * case_.depth + d];
+          sum += w * x;
+          allowed += (std::fabs(w) * tolerance + largest * 1e-6) * std::fabs(x);
+        }
+        const double difference = std::fabs(out[int64_t{own} * case_.depth + d] - sum) / allowed;
         error = std::isnan(difference) ? INFINITY : std::max(error, difference);
       }
     }

@@ -400,6 +400,21 @@ inline void load_matrices(uint32_t (&x)[4], const void* shared) {
   }
 }
 
+// ldmatrix.trans: the same word of the transposed matrix.
+inline void load_matrices_transposed(uint32_t (&x)[4], const void* shared) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0) std::abort();
+  const emulation::HandedIn* const lanes = emulation::block().meet({{}, shared});
+  const int lane = emulation::block().lane();
+  for (int r = 0; r < 4; ++r) {
+    uint16_t halves[2];
+    for (int k = 0; k < 2; ++k) {
+      const int row = lane % 4 * 2 + k;
+      std::memcpy(&halves[k], static_cast<const unsigned char*>(lanes[8 * r + row].pointer) + lane / 4 * 2, 2);
+    }
+    std::memcpy(&x[r], halves, 4);
+  }
+}
+
 inline void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   emulation::multiply<16>(c, a, b, [](uint32_t word, int k) { return emulation::bfloat16_to_float(word >> 16 * k); });
 }

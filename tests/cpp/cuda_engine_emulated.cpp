@@ -37,6 +37,11 @@ int weights(Dtype dtype, Path path, const WeightsArguments& call, void*) {
   return 0;
 }
 
+int gradient(Dtype dtype, const GradientArguments& call, void*) {
+  hopper::for_precision(dtype, [&](auto p) { launch_gradient<decltype(p)>(call, kLaunch); });
+  return 0;
+}
+
 int pairs(Dtype dtype, const PairsArguments& call, void*) {
   for_precision(dtype, [&](auto p) { launch_pairs<decltype(p)>(call, kLaunch); });
   return 0;

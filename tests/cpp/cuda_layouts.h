@@ -154,7 +154,7 @@ void counted_pairs_of() {
         const int j = i0 + k + shape.self_offset;
         any |= j >= j0 && j < j0 + kTile;
       }
-      check(has_self_pair(shape, i0, j0, kTile) == any, "whether a tile has a self pair");
+      check(has_self_pair(shape, i0, j0, kTile, kTile) == any, "whether a tile has a self pair");
       const TilePairs tile{shape, i0, j0, row_targets.data(), column_targets.data()};
       for (const PairTerm term : {PairTerm{Reduce::kSum, Test::kForbidden, Test::kAbsent},
                                   PairTerm{Reduce::kSum, Test::kAbsent, Test::kRequired},

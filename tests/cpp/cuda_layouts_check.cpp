@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/engine.h"
+#include "../../csrc/cuda/registers.h"
 #include "cuda_layouts.h"
 
 namespace {
@@ -41,6 +42,53 @@ void operand_layout() {
     }
     check(conflicts(copies, kChunkBytes) == 0, "copies of operands meet a bank");
   }
+}
+
+// Rows that lie whole in shared memory, and who holds what of a tile of them.
+template <int kDepth>
+void own_rows() {
+  using Fragments = OwnRowsFragments<kDepth>;
+  constexpr int kRows = tile_rows<Fragments>(), kColumns = tile_columns<Fragments>();
+  constexpr int kChunks = GradientMemory<kDepth>::kRowBytes / kChunkBytes;
+  std::set<int> offsets;
+  for (int row = 0; row < kRows; ++row) {
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int offset = whole_row_offset<kDepth>(row, chunk);
+      offsets.insert(offset);
+      const int first = whole_row_offset<kDepth>(row, chunk % 2);
+      check(chunks_further(first, chunk - chunk % 2) == offset, "chunks further on");
+      check(whole_row_offset<kDepth>(row % 8, chunk) + (row & ~7) * kChunks * kChunkBytes == offset, "eight rows on");
+    }
+  }
+  check(static_cast<int>(offsets.size()) == kRows * kChunks && *offsets.rbegin() == (kRows * kChunks - 1) * kChunkBytes,
+        "whole rows");
+  for (int chunk = 0; chunk < kChunks; chunk += kStepChunks) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      std::vector<int> left, right;
+      for (int lane = 8 * matrix; lane < 8 * matrix + 8; ++lane) {
+        left.push_back(whole_row_offset<kDepth>(left_row(lane), chunk + left_chunk(lane)));
+        right.push_back(whole_row_offset<kDepth>(right_row(lane), chunk + right_chunk(lane)));
+      }
+      check(conflicts(left, kChunkBytes) == 0 && conflicts(right, kChunkBytes) == 0, "loads of whole rows meet a bank");
+    }
+  }
+  for (int first = 0; first < Fragments::kThreads; first += 8) {
+    std::vector<int> copies;
+    for (int thread = first; thread < first + 8; ++thread) {
+      copies.push_back(whole_row_offset<kDepth>(thread / kChunks, thread % kChunks));
+    }
+    check(conflicts(copies, kChunkBytes) == 0, "copies of whole rows meet a bank");
+  }
+  std::set<std::pair<int, int>> pairs;
+  for (int thread = 0; thread < Fragments::kThreads; ++thread) {
+    for (int u = 0; u < Fragments::kRows; ++u) {
+      for (int v = 0; v < Fragments::kColumns; ++v) {
+        pairs.insert({Fragments::row(thread, u), Fragments::column(thread, v)});
+      }
+    }
+  }
+  check(static_cast<int>(pairs.size()) == kRows * kColumns && pairs.rbegin()->first == kRows - 1,
+        "one thread for each pair of a tile of whole rows");
 }
 
 void super_axes() {
@@ -150,11 +198,23 @@ void addresses() {
   check(triangle.row_partials == int64_t{4} * 17 * 4097 && triangle.column_partials == 0, "a triangle's workspace");
 }
 
+// Tiles need not be square.
+void self_pairs_of_tiles() {
+  for (int offset = -9; offset <= 9; ++offset) {
+    for (int j0 = 0; j0 <= 8; ++j0) {
+      bool any = false;
+      for (int i = 3; i < 3 + 5; ++i) any |= j0 <= i + offset && i + offset < j0 + 2;
+      check(has_self_pair(Shape{20, 20, offset}, 3, j0, 5, 2) == any, "whether a tile has a self pair");
+    }
+  }
+}
+
 void farthest_self_pair() {
   const int last = static_cast<int>(kMostRows) - 1;
   const Shape large{last + 1, last + 1, -last};
   check(counts({Reduce::kSum, Test::kRequired, Test::kAbsent}, large, last, 0, -1), "the farthest self pair");
-  check(has_self_pair(large, last / kTile * kTile, 0, kTile) && !has_self_pair(large, 0, last / kTile * kTile, kTile),
+  check(has_self_pair(large, last / kTile * kTile, 0, kTile, kTile) &&
+            !has_self_pair(large, 0, last / kTile * kTile, kTile, kTile),
         "the tile of the farthest self pair");
 }
 
@@ -164,11 +224,15 @@ int main() {
   fragment_maps<BlockFragments>();
   operand_layout();
   staged_layout<BlockFragments>();
+  own_rows<64>();
+  own_rows<128>();
+  own_rows<256>();
   super_axes();
   sweep_orders();
   panel_order();
   addresses();
   counted_pairs_of<BlockFragments>();
+  self_pairs_of_tiles();
   farthest_self_pair();
   return report();
 }

@@ -1,6 +1,6 @@
 // How many blocks of each kernel an SM holds, by cuda_occupancy.h. Reads lines "capability kernel registers", where a
-// kernel is sweep, redo, weights, pairs, combine, hopper_sweep or hopper_weights, some with _tagged, and prints lines
-// "blocks shared-memory-per-block".
+// kernel is sweep, redo, weights, pairs, combine, hopper_sweep or hopper_weights, some with _tagged, or gradient_ with
+// a depth, and prints lines "blocks shared-memory-per-block".
 #include <cuda_occupancy.h>
 
 #include <iostream>
@@ -51,6 +51,9 @@ int main() {
                                              {"weights_tagged", sizeof(WeightsMemory<true>)},
                                              {"pairs", sizeof(PairsMemory)},
                                              {"combine", 0},
+                                             {"gradient_64", sizeof(GradientMemory<64>)},
+                                             {"gradient_128", sizeof(GradientMemory<128>)},
+                                             {"gradient_256", sizeof(GradientMemory<256>)},
                                              {"hopper_sweep", sizeof(hopper::SweepMemory<false>)},
                                              {"hopper_sweep_tagged", sizeof(hopper::SweepMemory<true>)},
                                              {"hopper_weights", sizeof(hopper::WeightsMemory<false>)},
@@ -59,7 +62,9 @@ int main() {
   std::string kernel;
   while (std::cin >> capability >> kernel >> registers) {
     const cudaOccDeviceProp properties(device(capability));
-    const int threads = kernel.rfind("hopper", 0) == 0 ? hopper::kThreads : kThreads;
+    const int threads = kernel.rfind("hopper", 0) == 0     ? hopper::kThreads
+                        : kernel.rfind("gradient", 0) == 0 ? OwnRowsFragments<64>::kThreads
+                                                           : kThreads;
     cudaOccFuncAttributes function;
     function.maxThreadsPerBlock = threads;
     function.numRegs = registers;

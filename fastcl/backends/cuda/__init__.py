@@ -8,6 +8,8 @@ backward's kernel writes panels of W, which library products multiply. ``pairs.p
 
 On compute capability 9.0 bfloat16 and float16 take kernels of their own, where those were built; float32 does not. The
 environment variable ``FASTCL_CUDA_KERNELS`` forces one path for them, to compare the two: ``portable``, or ``hopper``.
+With ``registers`` a backward in bfloat16 or float16 has its sums in registers in place of panels of W wherever it can;
+without the variable it does where a table of :mod:`fastcl.tuning` says so.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ __all__ = [
 ]
 
 _HOPPER = (9, 0)
-_HOPPER_DTYPES = (torch.bfloat16, torch.float16)
-_PATHS = ("portable", "hopper")
+_HALF = (torch.bfloat16, torch.float16)
+_PATHS = ("portable", "hopper", "registers")
 _REDUCE_CODES = {Reduce.LSE: 0, Reduce.SUM: 1, Reduce.MAX: 2}
 _TEST_CODES = {False: -1, None: 0, True: 1}
 
@@ -93,6 +95,12 @@ def gradient(
     x = _inputs(plan, operands)
     vectors = [v.detach().float().contiguous() for v in (*statistics, *incoming)]
     multiplier = panels.multiplier(plan, incoming, x.a.dtype)
+    if _takes_registers(plan, x.a):
+
+        def product(transposed: bool) -> Tensor:
+            return run("gradient", x.a.device, *x.without_tags(plan), *vectors, multiplier, transposed)
+
+        return Products(product(False) if needs_a else None, product(True) if needs_b and not plan.symmetric else None)
     arguments = (*x.arguments(plan), *vectors, multiplier)
     return panels.products(
         plan,
@@ -131,6 +139,11 @@ class _Inputs(NamedTuple):
         how = (plan.symmetric, high_precision(), _takes_hopper(self.a))
         return (*vectors, *self.row_tags, *self.column_tags, *numbers, _term_codes(plan), *how)
 
+    def without_tags(self, plan: Plan) -> tuple[Any, ...]:
+        """What the kernels with sums in registers take."""
+        vectors = (self.a, self.b, self.scale, self.shift, self.target)
+        return (*vectors, self.self_offset, self.flag_below, _term_codes(plan), plan.symmetric)
+
 
 def _inputs(plan: Plan, operands: Operands) -> _Inputs:
     n, m = operands.shape
@@ -156,15 +169,29 @@ def _inputs(plan: Plan, operands: Operands) -> _Inputs:
 
 def _takes_hopper(a: Tensor) -> bool:
     """Whether a call takes the kernels for compute capability 9.0 in place of the portable ones."""
-    path = os.environ.get("FASTCL_CUDA_KERNELS")
-    if path not in (None, *_PATHS):
-        raise ValueError(f"FASTCL_CUDA_KERNELS must be one of {', '.join(_PATHS)}, got {path!r}")
-    if path == "portable" or a.dtype not in _HOPPER_DTYPES:
+    path = _forced_path()
+    if path == "portable" or a.dtype not in _HALF:
         return False
     reason = _refuses_hopper(a)
     if path == "hopper" and reason is not None:
         raise ValueError(f"FASTCL_CUDA_KERNELS=hopper, but {reason}")
     return reason is None and (a.is_cuda or path == "hopper")
+
+
+def _takes_registers(plan: Plan, a: Tensor) -> bool:
+    """Whether a backward has its sums in registers in place of panels of W."""
+    path = _forced_path()
+    depth = a.shape[1]
+    if a.dtype not in _HALF or not plan.names_pairs or depth > extension().MOST_OWN_DEPTH:
+        return False
+    return path == "registers" if path is not None else tuning.cuda_registers("half", capability(a), depth)
+
+
+def _forced_path() -> str | None:
+    path = os.environ.get("FASTCL_CUDA_KERNELS")
+    if path not in (None, *_PATHS):
+        raise ValueError(f"FASTCL_CUDA_KERNELS must be one of {', '.join(_PATHS)}, got {path!r}")
+    return path
 
 
 def _refuses_hopper(a: Tensor) -> str | None:
