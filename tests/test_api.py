@@ -96,9 +96,9 @@ X, Y = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1))
         (lambda: fastcl.sup_con_loss(X, torch.arange(6), 0.1, form="both"), ValueError, r"form must be one of 'out'"),
         (lambda: fastcl.siglip_loss(X, Y, 1.0, X), ValueError, r"logit_bias must be a float or a 0-d tensor"),
         (
-            lambda: fastcl.alpha_cl_loss(X, Y, 1.0, backend="cpu"),
+            lambda: fastcl.triplet_loss(X, torch.arange(6), backend="triton"),
             ValueError,
-            r"backend 'cpu' can't compute this call: .* which plain PyTorch computes over panels of S: backend 'tiled'",
+            r"backend 'triton' can't compute this call: .* which plain PyTorch computes over panels: backend 'tiled'",
         ),
         (lambda: fastcl.clip_loss(X, Y, 0.0), ValueError, r"logit_scale must be positive, got 0.0"),
         (lambda: fastcl.clip_loss(X, Y, 1.0, X), ValueError, r"logit_bias must be a float or a 0-d tensor"),

@@ -127,7 +127,11 @@ X, LABELS = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
             ValueError,
             r"swap must be False with mining='semihard': .* takes time cubic",
         ),
-        (lambda: fastcl.lifted_structure_loss(X, LABELS, backend="cpu"), ValueError, r"backend 'cpu' can't compute"),
+        (
+            lambda: fastcl.lifted_structure_loss(X.double(), LABELS, backend="cpu"),
+            ValueError,
+            r"backend 'cpu' can't compute this call: torch.float64 is not one of",
+        ),
         (lambda: fastcl.binary_nce_loss(X, X, 0.1, noise_ratio=0.0), ValueError, r"noise_ratio must be positive"),
         (
             lambda: fastcl.binary_nce_loss(X, X, 0.1, log_noise=X[:3, 0]),
