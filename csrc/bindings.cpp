@@ -47,7 +47,8 @@ const Number* vector_of(const Tensor& tensor, ScalarType type, int64_t vectors, 
   return tensor.const_data_ptr<Number>();
 }
 
-// From labels int32 [3, size], ids int32 [size] and thresholds float32 [size], where given; see fastcl/backends/cpu.py.
+// From labels int32 [3, size], ids int32 [size] and thresholds float32 [size], where given; see
+// fastcl/backends/cpu/binding.py.
 cpu::Tags make_tags(const std::optional<Tensor>* tags, int64_t size) {
   cpu::Tags result{};
   if (tags[0].has_value()) {
@@ -81,7 +82,7 @@ cpu::Problem make_operands(const Tensor& a, const Tensor& b, double scale, const
 }
 
 // `terms` is int64 [T, 7]: reduce, axis (0 row, 1 column) and the tests of a mask; see
-// fastcl/backends/cpu.py.
+// fastcl/backends/term_codes.py.
 cpu::Problem make_problem(const Tensor& a, const std::optional<Tensor>& b, double scale, double shift,
                           double flag_below, double lowest, const std::optional<Tensor>& target,
                           const OptionalTensors& tags, int64_t row0, int64_t col0, const Tensor& terms,

@@ -270,7 +270,7 @@ float* results(std::optional<Tensor>& tensor, int64_t size, const char* name) {
   return tensor->mutable_data_ptr<float>();
 }
 
-// A function of pairs over the panel of S; the codes of functions are in fastcl/backends/cuda/pairs.py.
+// A function of pairs over the panel of S; the codes of functions are in fastcl/backends/cuda/panel_functions.py.
 void pairs(int64_t function, double first_constant, double second_constant, Tensor a, Tensor b, Tensor scale,
            Tensor bias, std::optional<Tensor> row0, std::optional<Tensor> row_params,
            std::optional<Tensor> column_params, std::optional<Tensor> incoming, std::optional<Tensor> found,

@@ -427,7 +427,7 @@ def test_panel_function_of_a_shard(name: str, option: str, row0: int) -> None:
 
 @EACH_FUNCTION
 def test_panel_function_in_several_panels(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcl.backends.cuda.pairs._MOST_PARTIALS", 1)
+    monkeypatch.setattr("fastcl.backends.cuda.panel_functions._MOST_PARTIALS", 1)
     x, incoming = panel_kernels.make(name, option, 150, 260, 8)
     with tuning.override(workspace_bytes=128 * 128 * 4):
         panel_kernels.check("cuda", name, x, incoming)

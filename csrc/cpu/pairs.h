@@ -8,7 +8,7 @@
 
 namespace fastcl::cpu {
 
-// In the order of fastcl/backends/cpu.py.
+// In the order of fastcl/backends/cpu/panel_functions.py.
 enum class PairFunction : int8_t {
   kContrastive,
   kNegatives,

@@ -3,8 +3,8 @@
 // Their definitions, over whole rows, are the panel functions of fastcl/losses. A function is made for one row and
 // called with some of the row's pairs in the order of their columns; merge() takes in what the row's other pairs of
 // this tile have come to, and then `sums` are the tile's numbers of the row. How tiles add up,
-// fastcl/backends/cuda/pairs.py says. Functions that need to know a whole row first come twice: for its numbers, and
-// for W.
+// fastcl/backends/cuda/panel_functions.py says. Functions that need to know a whole row first come twice: for its
+// numbers, and for W.
 #pragma once
 
 #include "finish.h"

@@ -88,7 +88,7 @@ inline GradientArguments exchanged(GradientArguments x) {
   return x;
 }
 
-// Functions of every single pair (pair_functions.h), in the order of fastcl/backends/cuda/pairs.py.
+// Functions of every single pair (pair_functions.h), in the order of fastcl/backends/cuda/panel_functions.py.
 enum class PairFunction : int8_t {
   kQuestions,
   kContrastive,

@@ -4,7 +4,7 @@ Compiled and checked, not run on a GPU yet, so that no call takes it that doesn'
 ``setup.py`` built the extension ``fastcl._cuda``, which is loaded on first use (``binding.py``).
 
 May import :mod:`fastcl.terms`, :mod:`fastcl.tuning` and what backends share. The forward's kernels are one call; the
-backward's kernel writes panels of W, which library products multiply. ``pairs.py`` has the panel functions.
+backward's kernel writes panels of W, which library products multiply. ``panel_functions.py`` has the panel functions.
 
 On compute capability 9.0 bfloat16 and float16 take kernels of their own, where those were built; float32 does not. The
 environment variable ``FASTCL_CUDA_KERNELS`` forces one path for them, to compare the two: ``portable``, or ``hopper``.
@@ -14,9 +14,7 @@ without the variable it does where a table of :mod:`fastcl.tuning` says so.
 
 from __future__ import annotations
 
-import functools
 import os
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -25,19 +23,18 @@ from torch import Tensor
 from fastcl import tuning
 from fastcl.backends import panels
 from fastcl.backends.cuda.binding import aligned, capability, extension, high_precision, run, takes, unavailable
-from fastcl.backends.cuda.pairs import PANEL_KERNELS
+from fastcl.backends.cuda.panel_functions import PANEL_KERNELS
 from fastcl.backends.shift import fixed_shift, flag_threshold
 from fastcl.backends.softmax import two_sweeps
+from fastcl.backends.term_codes import term_codes
 from fastcl.terms import (
     Axis,
     CrossEntropy,
     LossAndGradients,
-    Mask,
     Needs,
     Operands,
     Plan,
     Products,
-    Reduce,
     Statistics,
     Tags,
 )
@@ -56,8 +53,6 @@ __all__ = [
 _HOPPER = (9, 0)
 _HALF = (torch.bfloat16, torch.float16)
 _PATHS = ("portable", "hopper", "registers")
-_REDUCE_CODES = {Reduce.LSE: 0, Reduce.SUM: 1, Reduce.MAX: 2}
-_TEST_CODES = {False: -1, None: 0, True: 1}
 
 
 def refuses(plan: Plan) -> str | None:
@@ -137,12 +132,12 @@ class _Inputs(NamedTuple):
         vectors = (self.a, self.b, self.scale, self.shift, self.target)
         numbers = (self.label_width, self.self_offset, self.flag_below)
         how = (plan.symmetric, high_precision(), _takes_hopper(self.a))
-        return (*vectors, *self.row_tags, *self.column_tags, *numbers, _term_codes(plan), *how)
+        return (*vectors, *self.row_tags, *self.column_tags, *numbers, term_codes(plan), *how)
 
     def without_tags(self, plan: Plan) -> tuple[Any, ...]:
         """What the kernels with sums in registers take."""
         vectors = (self.a, self.b, self.scale, self.shift, self.target)
-        return (*vectors, self.self_offset, self.flag_below, _term_codes(plan), plan.symmetric)
+        return (*vectors, self.self_offset, self.flag_below, term_codes(plan), plan.symmetric)
 
 
 def _inputs(plan: Plan, operands: Operands) -> _Inputs:
@@ -213,17 +208,3 @@ def _tags(plan: Plan, tags: Tags, axis: Axis) -> Tags:
         tag.contiguous() if tested else None for tag, tested in zip(tags, plan.tags_tested(axis), strict=True)
     )
     return Tags(labels, ids, None if threshold is None else threshold.detach().float())
-
-
-@functools.lru_cache(maxsize=256)
-def _term_codes(plan: Plan) -> Tensor:
-    """The plan's terms as int64 [T, 7]: reduce, axis, and the tests of the mask in their order."""
-    codes = [
-        (
-            _REDUCE_CODES[term.reduce],
-            int(term.axis is Axis.COLUMN),
-            *(_TEST_CODES[getattr(term.mask, test.name)] for test in fields(Mask)),
-        )
-        for term in plan.terms
-    ]
-    return torch.tensor(codes, dtype=torch.int64).reshape(-1, 2 + len(fields(Mask)))
