@@ -206,7 +206,8 @@ def reference(
     z = torch.cat((z1, z2))
     if normalize:
         z = torch.nn.functional.normalize(z, dim=1)
-    distances = 0.5 * (z[:, None] - z).square().sum(dim=2)
+    squares = z.square().sum(dim=1)
+    distances = (0.5 * (squares[:, None] + squares) - z @ z.T).clamp_min(0.0)
     example = torch.arange(len(z1), device=z.device).repeat(2)
     negative = example[:, None] != example
     if ids is not None:
