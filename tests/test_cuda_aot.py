@@ -62,6 +62,7 @@ def _cuda_tool(name: str) -> str | None:
 CUOBJDUMP = _cuda_tool("cuobjdump")
 
 pytestmark = [
+    pytest.mark.matrix,
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
     pytest.mark.skipif(CUOBJDUMP is None, reason="there is no cuobjdump, neither a toolkit's nor Triton's"),
 ]

@@ -272,7 +272,7 @@ def default_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, Any], t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", sorted(SHARED_MEMORY.keys() - {89}))
+@pytest.mark.parametrize("capability", [90, *(pytest.param(x, marks=pytest.mark.matrix) for x in (80, 86, 100, 120))])
 def test_default_configurations_fit(capability: int, tmp_path: Path, record_property: Any) -> None:
     """All are compiled before any is judged, so that a failure shows every one that doesn't fit.
 
@@ -309,7 +309,7 @@ def described_cases(capability: int) -> Iterator[tuple[str, Any, dict[str, Any],
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("capability", [90, pytest.param(100, marks=pytest.mark.matrix)])
 def test_read_by_tma(capability: int, tmp_path: Path, record_property: Any) -> None:
     """Products are still by warp groups on sm_90, and nothing spills."""
     too_much = []
