@@ -9,11 +9,13 @@ python=$1
 flags="-std=c++17 -O1 -g1 -fno-sanitize-recover=all -fno-omit-frame-pointer"
 mkdir -p build
 
-# Beside the rest: one core compiles it and one runs it. A fiber that has ended is never unwound, so leaks don't count.
+# Beside the rest, which leaves a core free most of the time. Leaks do not count: a fiber that has ended is never unwound.
 emulate() {
   echo "== the CUDA kernels, emulated, under address,undefined"
-  g++ $flags -fsanitize=address,undefined -Wno-unknown-pragmas -Wno-psabi -Itests/cpp tests/cpp/cuda_check.cpp -o build/cuda_check
-  ASAN_OPTIONS=detect_leaks=0 build/cuda_check
+  for check in cuda_check cuda_pairs_check; do
+    g++ $flags -fsanitize=address,undefined -Wno-unknown-pragmas -Wno-psabi -Itests/cpp "tests/cpp/$check.cpp" -o "build/$check"
+    ASAN_OPTIONS=detect_leaks=0 "build/$check"
+  done
 }
 log=$PWD/build/sanitize-cuda.log
 emulate >"$log" 2>&1 &
