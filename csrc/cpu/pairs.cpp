@@ -80,7 +80,7 @@ void pair_panels(const Problem& problem, const Problem* guide, const Workers& wo
   product_b.merge();
   row_sums.merge();
   column_sums.merge();
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = 0; shape.outputs > 0 && i < n; ++i) {
     for (int64_t lane = 1; lane < schedule.row_lanes(); ++lane) {
       absorb(shape, &values[i], n, &values[lane * shape.outputs * n + i], n);
     }

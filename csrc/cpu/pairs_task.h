@@ -252,7 +252,7 @@ void pairs_task(const Sweep& sweep, const PairJob& job, const Task& task, void* 
       take_function(weighs, on);
       for (int64_t r = 0; r < strip.height; ++r) {
         const int64_t x = tile.row + strip.row + r;
-        absorb(shape, values + x, n, &on.values[0][r], kStrip);
+        if (shape.outputs > 0) absorb(shape, values + x, n, &on.values[0][r], kStrip);
         for (int k = 0; row_sums != nullptr && k < shape.slopes; ++k) row_sums[k * n + x] += on.row_sums[k][r];
       }
       if (weighs) store_weights<Dot>(strip, space);
