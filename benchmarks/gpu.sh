@@ -22,7 +22,7 @@ python=${PYTHON:-python3}
 if [[ ${2:-} == --quick ]]; then
   quick=(--quick) rates_s=12 build_s=30 wheels_s=8 tests_s=45 cuda_tests_s=12 sanitizer_s=0 targets_s=40 bench_s=30
 else
-  quick=() rates_s=25 build_s=75 wheels_s=20 tests_s=135 cuda_tests_s=40 sanitizer_s=25 targets_s=125 bench_s=55
+  quick=() rates_s=25 build_s=75 wheels_s=20 tests_s=120 cuda_tests_s=40 sanitizer_s=25 targets_s=125 bench_s=55
 fi
 
 mkdir -p "$out"
