@@ -86,8 +86,8 @@ class Caught(NamedTuple):
     kernels: list[str | None]
 
 
-def catch(variant: Variant) -> Caught:
-    """What a variant's call asks of the engine."""
+def catch(call: Callable[[], object]) -> Caught:
+    """What a call asks of the engine."""
     found = Caught([], [])
     select, select_panels = engine.select, engine.select_panels
 
@@ -101,7 +101,7 @@ def catch(variant: Variant) -> Caught:
 
     engine.select, engine.select_panels = spy, spy_on_panels
     try:
-        variant.call()
+        call()
     finally:
         engine.select, engine.select_panels = select, select_panels
     return found
@@ -128,7 +128,7 @@ def backends_table() -> str:
     lines = [markdown_row("call", *(f"`{name}`" for name in names)), markdown_row(*["---"] * (len(names) + 1))]
     reasons: dict[str, int] = {}
     for variant in variants():
-        caught = catch(variant)
+        caught = catch(variant.call)
         cells = []
         for name in names:
             reason = _reason(name, caught)

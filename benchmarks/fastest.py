@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import tune
+from benchmarks import family, tune
 from benchmarks.cases import Case
 from benchmarks.providers import FASTCL
 from benchmarks.report import read_csv
 from fastcl import engine, tuning
-from fastcl.terms import Plan
 
 RIVALS = ("triton", "cuda")
 GAIN = 0.98
@@ -77,20 +76,9 @@ def entries(rows: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
 
 def kind_of_plan(case: Case) -> str | None:
     """The kind under which the engine looks up this loss, or None if it has no plan of its own."""
-    plans: list[Plan] = []
-    select = engine.select
-
-    def spy(plan: Plan, *arguments: object) -> str:
-        plans.append(plan)
-        return select(plan, *arguments)
-
-    engine.select = spy
-    try:
-        features, tau = case.resized(_PAIRS).inputs("cpu", torch.float64)
-        case.table_row.call(features, tau, reduction="mean", backend="tiled")
-    finally:
-        engine.select = select
-    kinds = {engine.kind(plan) for plan in plans}
+    features, tau = case.resized(_PAIRS).inputs("cpu", torch.float64)
+    caught = family.catch(lambda: case.table_row.call(features, tau, reduction="mean", backend="tiled"))
+    kinds = {engine.kind(plan) for plan in caught.plans}
     return kinds.pop() if len(kinds) == 1 else None
 
 

@@ -77,7 +77,7 @@ def alpha_cl_loss(
     Raises:
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
-    Complexity: 4 * (2B)^2 * D multiply-adds for value and gradient (by "tiled" 3, and 4 for "none"), (2B)^2 * D more
+    Complexity: 4 * (2B)^2 * D multiply-adds for value and gradient, 5 for "none" (by "tiled" 3, and 4), (2B)^2 * D more
     for ``return_stats``; O(B) memory beyond features and gradients.
 
     Source: Tian, Understanding Deep Contrastive Learning via Coordinate-wise Optimization, 2022 (arXiv:2201.12680).

@@ -86,8 +86,8 @@ def clip_distillation_loss(
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
     Complexity: 8 * B^2 * D + 4 * B^2 * E multiply-adds for value and gradients, in two sweeps for each direction (by
-    "tiled" in one: 6 * B^2 * D + 2 * B^2 * E), B^2 * D more for ``return_stats``; O(B) memory beyond features and
-    gradients.
+    "tiled" in one: 6 * B^2 * D + 2 * B^2 * E); twice as many sweeps for "none", and B^2 * D more for ``return_stats``;
+    O(B) memory beyond features and gradients.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv:1503.02531); for CLIP: Wu et al.,
     TinyCLIP: CLIP Distillation via Affinity Mimicking and Weight Inheritance, 2023 (arXiv:2309.12314).

@@ -92,7 +92,7 @@ def _sweep(
 ) -> _Sums:
     """``squares`` are the squared norms of rows and columns, if the distance is Euclidean."""
     extension()
-    of_rows, of_columns = (None, None) if squares is None else squares
+    of_rows, of_columns = squares or (None, None)
     guide, guide_scale = ([], 0.0) if function != "soft targets" else (x.guide[:2], x.guide[2].item())
     return _Sums(
         *torch.ops.fastcl_cpu.pairs(
@@ -146,7 +146,7 @@ def negatives(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, 
     if values is None:
         values = _sweep("negatives", x, x.numbers, _squares(x)).values
     if incoming is None:
-        return NOTHING._replace(values=values)
+        return _NOTHING._replace(values=values)
     sums = _sweep("negatives slope", x, x.numbers, _squares(x), values, incoming=incoming, needs=needs)
     return _of_distances(sums, x, needs, values)
 
@@ -164,18 +164,18 @@ def hardest(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, ne
     farthest, positive, nearest, negative = _sweep("hardest", x, squares=_squares(x)).values
     complete = (farthest > -torch.inf) & (nearest > -torch.inf)
     columns = torch.stack((positive, negative)).where(complete, -1.0)
-    return NOTHING._replace(values=columns)
+    return _NOTHING._replace(values=columns)
 
 
 def similarities(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, needs: PanelNeeds) -> PanelGradients:
     """The panel function of :mod:`fastcl.losses.distances`."""
-    return NOTHING._replace(values=_sweep("similarities", x, squares=_squares(x)).values)
+    return _NOTHING._replace(values=_sweep("similarities", x, squares=_squares(x)).values)
 
 
 def nearest(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, needs: PanelNeeds) -> PanelGradients:
     """The distances of :mod:`fastcl.losses.alpha_cl`."""
     positive, negative = _sweep("nearest", x, squares=_squares(x)).values
-    return NOTHING._replace(values=torch.stack((positive, -negative)))
+    return _NOTHING._replace(values=torch.stack((positive, -negative)))
 
 
 def _energy(
@@ -210,7 +210,7 @@ def triplets(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, n
     """The panel function of :mod:`fastcl.losses.triplet` that takes all."""
     extension()
     margin, semihard = x.numbers
-    of_rows, of_columns = (None, None) if x.row_params is None else _squares(x)
+    of_rows, of_columns = _squares(x) or (None, None)
     sums = torch.ops.fastcl_cpu.triplets(
         x.a.detach(),
         x.keys.detach(),
@@ -230,7 +230,7 @@ def triplets(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, n
     return _of_distances(_Sums(*sums), x, needs)
 
 
-NOTHING = PanelGradients(*[None] * 7)
+_NOTHING = PanelGradients(*[None] * 7)
 PANEL_KERNELS = {
     "sigmoid": sigmoid,
     "contrastive": contrastive,
