@@ -85,8 +85,6 @@ def measure(options: argparse.Namespace) -> int:
         _say(f"{machine.device}, torch {machine.torch}")
         for rate in machine.rates.values():
             _say(f"torch.mm: {rate}")
-        for (dtype, threads), peak in machine.peaks.items():
-            _say(f"multiply-adds at {machine.level}: {peak / 1e9:,.0f} GFLOP/s, {dtype}, threads: {threads}")
         folder = ROOT / "results" / device_slug(machine.device) if options.keep else options.out
         for number, case in enumerate(cases):
             results = runner.run(case, len(cases) - number)
@@ -106,20 +104,14 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def describe_machine(runner: Runner, device: str, cases: list[Case]) -> Machine:
-    """The device, its GEMM rate in each dtype that will be used, and the arithmetic peak where the CPU engine runs."""
+    """The device, and its GEMM rate in each dtype that will be used."""
     about = runner.ask_judge("describe")
-    rates, peaks = {}, {}
+    rates = {}
     for dtype in dict.fromkeys(case.dtype for case in cases):
         _progress(f"torch.mm in {dtype}")
         rate = runner.ask_judge("gemm", dtype=dtype)
         rates[dtype] = GemmRate(rate["flops"], dtype, rate["library"], rate["size"])
-        # The engine takes no float64.
-        has_peak = about["level"] and dtype != "float64"
-        for threads in sorted({about["threads"], *runner.own_threads.values()}) if has_peak else ():
-            peaks[dtype, threads] = runner.ask_judge("peak", dtype=dtype, threads=threads)["flops"]
-    return Machine(
-        about["device"], device, about["torch"], git_commit(), about["threads"], about["level"], rates, peaks
-    )
+    return Machine(about["device"], device, about["torch"], git_commit(), about["threads"], about["level"], rates)
 
 
 def _suites(text: str) -> tuple[str, ...]:

@@ -192,8 +192,8 @@ def copy_rate(device: torch.device | str = "cpu", *, size: int = 1 << 30, budget
     return 2 * size / (fastest / 1e3)
 
 
-def rate_of_threads(rate: Callable[[], float], threads: int, *, repeats: int = 30) -> float:
-    """The sum of what ``rate`` returns on each of ``threads`` threads that call it at once, from the best repeat."""
+def rate_of_threads(rate: Callable[[], float], threads: int, *, repeats: int = 11) -> float:
+    """The sum of what ``rate`` returns on each of ``threads`` threads that call it at once: the repeats' median."""
     together = threading.Barrier(threads)
 
     def one(_: int) -> float:
@@ -201,7 +201,7 @@ def rate_of_threads(rate: Callable[[], float], threads: int, *, repeats: int = 3
         return rate()
 
     with ThreadPoolExecutor(threads) as pool:
-        return max(sum(pool.map(one, range(threads))) for _ in range(repeats))
+        return statistics.median(sum(pool.map(one, range(threads))) for _ in range(repeats))
 
 
 def gemm_library(dtype: torch.dtype, device: torch.device | str = "cpu") -> str:

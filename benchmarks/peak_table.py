@@ -17,12 +17,14 @@ def caption(rows: Sequence[dict[str, str]]) -> str:
     if not own:
         return ""
     passes = dict.fromkeys(f"`{row['loss']}` {float(row['floor_passes']):g}" for row in own)
-    peaks = dict.fromkeys(
-        f"{row['dtype']} {float(row['peak_gflops']):,.0f} GFLOP/s ({row['level']}, {_threads(row)})" for row in own
-    )
+    peaks: dict[str, list[float]] = {}
+    for row in own:
+        peaks.setdefault(f"{row['dtype']} on {_threads(row)} at {row['level']}", []).append(float(row["peak_gflops"]))
+    rates = (f"{kind} {_span(found)} GFLOP/s" for kind, found in peaks.items())
     return (
         f"Of peak: the floor of 2·N·M·D operations a pass ({', '.join(passes)} passes for value and gradients) at the "
-        f"rate of multiply-adds on registers alone, over the measured time; that rate: {', '.join(peaks)}."
+        f"rate of multiply-adds on registers alone, over the measured time. That rate, between a case's rounds: "
+        f"{', '.join(rates)}."
     )
 
 
@@ -63,6 +65,10 @@ def _measured(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 def _cell(row: dict[str, str]) -> str:
     scaling = row["thread_scaling"]
     return percent(row) + (f" ({float(scaling):.2f}x)" if scaling else "")
+
+
+def _span(numbers: Sequence[float]) -> str:
+    return " to ".join(dict.fromkeys((f"{min(numbers):,.0f}", f"{max(numbers):,.0f}")))
 
 
 def _threads(row: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,8 +31,6 @@ class Machine:
     """the instruction-set level of the CPU engine, empty where there is none"""
     rates: dict[str, GemmRate]
     """by dtype"""
-    peaks: dict[tuple[str, int], float]
-    """the CPU engine's arithmetic peak in FLOP/s, by dtype and number of threads"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,7 @@ class Row:
     fraction_of_floor: float | None
     """the floor's time over the median: 1 where the loss takes no longer than its products alone by the library"""
     peak_gflops: float | None
+    """of as many threads, the median of what was measured between the rounds"""
     fraction_of_peak: float | None
     """the same against the arithmetic peak of the CPU engine's level on these threads, which no code exceeds"""
 
@@ -99,7 +99,7 @@ def _row(result: Result, best: Result | None, one_thread: Result | None, machine
     has_floor = case.floor_passes > 0
     threads = result.provider.threads or machine.threads
     is_engine = result.provider.is_cpu_engine
-    peak = machine.peaks.get((case.dtype, threads)) if is_engine and has_floor else None
+    peak = statistics.median(result.peaks) if result.peaks and has_floor else None
     scales = one_thread is not None and result.provider.name == CPU_ENGINE
     timing = summarize_times(result.times_ms) if result.times_ms else None
     floor_ms = case.floor_flops / rate.flops * 1e3

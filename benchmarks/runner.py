@@ -66,6 +66,8 @@ class Result:
     call_ms: float = 0.0
     """one call, measured with the memory: how many more are worth their time"""
     times_ms: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+    """of the CPU engine: the arithmetic peak in FLOP/s after each round, as clocks and neighbours change it"""
 
     @property
     def median_ms(self) -> float | None:
@@ -312,9 +314,6 @@ class Runner:
         result.compile_ms = memory["first_ms"] if gate_case != case else gate["first_ms"]
         result.peak_bytes, result.gradient_bytes = memory["peak"], memory["gradients"]
         result.call_ms = memory["call_ms"]
-        # A call that outlasts a round's budget many times over is timing enough.
-        if self._is_slow(result):
-            result.times_ms.append(result.call_ms)
         return None
 
     def _round(self, result: Result, number: int) -> None:
@@ -324,6 +323,9 @@ class Runner:
         # A long call needs no warming up.
         options = {"budget_s": self.limits.budget_s, "warmup": int(result.call_ms / 1e3 < self.limits.budget_s)}
         result.times_ms += self._ask(result, "time", case=result.case.to_json(), **options)["ms"]
+        if result.provider.is_cpu_engine:
+            dtype, threads = result.case.dtype, result.provider.threads
+            result.peaks.append(self.ask_judge("peak", dtype=dtype, threads=threads)["flops"])
 
     def _is_slow(self, result: Result) -> bool:
         return result.call_ms / 1e3 > 5 * self.limits.budget_s

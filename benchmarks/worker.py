@@ -64,9 +64,10 @@ class Worker:
         rate = gemm_rate(getattr(torch, dtype), self.device)
         return {"flops": rate.flops, "library": rate.library, "size": rate.size}
 
-    def peak(self, dtype: str, threads: int) -> dict[str, Any]:
-        """The arithmetic peak of the CPU engine's level."""
-        return {"flops": rate_of_threads(lambda: cpu.peak_flops(getattr(torch, dtype)), threads)}
+    def peak(self, dtype: str, threads: int | None) -> dict[str, Any]:
+        """The arithmetic peak of the CPU engine's level, on all threads where ``threads`` is None."""
+        rate = rate_of_threads(lambda: cpu.peak_flops(getattr(torch, dtype)), threads or torch.get_num_threads())
+        return {"flops": rate}
 
     def available(self) -> dict[str, Any]:
         return {"bytes": available_bytes(self.device)}
