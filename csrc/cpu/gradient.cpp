@@ -43,8 +43,8 @@ struct AxisFactors {
     }
   }
 
-  AxisGradient axis(int64_t size, const float* statistics, const float* incoming, float* product, float* lanes) const {
-    return {dense.data(), static_cast<int>(dense.size()), statistics, incoming, flagged.data(), size, product, lanes};
+  AxisGradient axis(int64_t size, const float* statistics, const float* incoming, const LaneProduct& product) const {
+    return {dense.data(), static_cast<int>(dense.size()), statistics, incoming, flagged.data(), size, product};
   }
 };
 
@@ -74,9 +74,9 @@ void gradient(const Problem& problem, const Sweep& sweep, const Workers& workers
   Product product_b(b, m * depth, schedule.column_lanes(), workers);
   const AxisFactors row_factors(problem, problem.row_terms, n, statistics.rows, incoming.rows);
   const AxisFactors column_factors(problem, problem.column_terms, m, statistics.columns, incoming.columns);
-  const AxisGradient rows = row_factors.axis(n, statistics.rows, incoming.rows, a, product_a.lanes());
+  const AxisGradient rows = row_factors.axis(n, statistics.rows, incoming.rows, product_a.lanes());
   const AxisGradient columns =
-      problem.symmetric ? rows : column_factors.axis(m, statistics.columns, incoming.columns, b, product_b.lanes());
+      problem.symmetric ? rows : column_factors.axis(m, statistics.columns, incoming.columns, product_b.lanes());
   schedule.run(worth(workers, sweep), level.workspace_bytes(sweep),
                [&](const Task& task, void* memory) { level.gradient(sweep, rows, columns, task, memory); });
   product_a.merge();

@@ -115,6 +115,16 @@ struct DenseSlope {
   const float* value;     // L, +inf for an empty row
 };
 
+// A product that tasks accumulate into, and the same for lanes 1, 2, ...
+struct LaneProduct {
+  float* product;  // null where not wanted
+  float* lanes;
+  int64_t size;
+
+  bool wanted() const { return product != nullptr; }
+  float* of(int64_t lane) const { return lane == 0 ? product : lanes + (lane - 1) * size; }
+};
+
 // One axis of the gradient: W's factors along it, and the product that is accumulated along it.
 struct AxisGradient {
   const DenseSlope* dense;
@@ -123,12 +133,7 @@ struct AxisGradient {
   const float* incoming;   // [terms, size] gradients with respect to them
   const uint8_t* flagged;  // [size]
   int64_t size;
-  float* product;  // [size, depth], null where not wanted
-  float* lanes;    // the same for lanes 1, 2, ...
-
-  float* lane_product(int64_t lane, int64_t depth) const {
-    return lane == 0 ? product : lanes + (lane - 1) * size * depth;
-  }
+  LaneProduct product;  // [size, depth]
 };
 
 // Value and gradient in one sweep, for losses that look along rows only: a panel of rows is complete, and its
@@ -143,15 +148,6 @@ struct RowPanels {
   float* positive;    // gradient with respect to head.positive, null where there is none
   float flag_below;
   bool trust_empty;  // a sum of 0 says that there was nothing to add, and not that it underflowed
-};
-
-// A product that tasks accumulate into, and the same for lanes 1, 2, ...
-struct LaneProduct {
-  float* product;  // null where not wanted
-  float* lanes;
-  int64_t size;
-
-  float* of(int64_t lane) const { return lane == 0 ? product : lanes + (lane - 1) * size; }
 };
 
 // Every pair as a yes-or-no question, and what one sweep makes of it (see Questions). W is the slope of a pair's cost

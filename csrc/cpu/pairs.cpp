@@ -71,8 +71,8 @@ void pair_panels(const Problem& problem, const Problem* guide, const Workers& wo
                     values.data(),
                     row_sums.data(),
                     column_sums.data(),
-                    {results.a, product_a.lanes(), n * depth},
-                    {results.b, product_b.lanes(), m * depth}};
+                    product_a.lanes(),
+                    product_b.lanes()};
   const size_t workspace = level.workspace_bytes(sweep) + (guide == nullptr ? 0 : level.workspace_bytes(guide_sweep));
   schedule.run(worth(workers, sweep), workspace,
                [&](const Task& task, void* memory) { level.pairs(sweep, job, task, memory); });

@@ -216,7 +216,6 @@ void pairs_task(const Sweep& sweep, const PairJob& job, const Task& task, void* 
   if (job.guide != nullptr) lay_out<GuideDot>(*job.guide, static_cast<char*>(memory) + used, guide_space);
   const int64_t n = sweep.x.rows;
   const int64_t m = sweep.y.rows;
-  const int64_t depth = sweep.x.depth;
   const PairShape& shape = job.shape;
   const bool weighs = job.operands.incoming != nullptr;
   double* values = job.values + task.row_lane * shape.outputs * n;
@@ -227,7 +226,7 @@ void pairs_task(const Sweep& sweep, const PairJob& job, const Task& task, void* 
   PairColumns columns{};
   alignas(64) float tile_sums[2 * kMaxTile];
   const auto pack = [&](const Tile& tile) {
-    prepare_columns<Dot>(sweep, tile, job.a.product != nullptr, space);
+    prepare_columns<Dot>(sweep, tile, job.a.wanted(), space);
     if (job.guide != nullptr) prepare_columns<GuideDot>(*job.guide, tile, false, guide_space);
     tags.gather_columns(sweep, tile);
     const auto index = [&](int64_t c) { return tile.column + c; };
@@ -235,7 +234,7 @@ void pairs_task(const Sweep& sweep, const PairJob& job, const Task& task, void* 
     gather(job.operands.column_given, index, tile.columns, kMaxTile, columns.given);
   };
   for_each_tile(sweep, task, pack, [&](const Tile& tile) {
-    prepare_tile_rows<Dot>(sweep, tile, job.b.product != nullptr, space);
+    prepare_tile_rows<Dot>(sweep, tile, job.b.wanted(), space);
     if (job.guide != nullptr) {
       prepare_tile_rows<GuideDot>(*job.guide, tile, false, guide_space);
       for_each_strip<GuideDot>(*job.guide, tile, guide_space, true, [](const Strip&) {});
@@ -260,16 +259,7 @@ void pairs_task(const Sweep& sweep, const PairJob& job, const Task& task, void* 
     for (int k = 0; column_sums != nullptr && k < shape.slopes; ++k) {
       for (int64_t c = 0; c < tile.columns; ++c) column_sums[k * m + tile.column + c] += tile_sums[k * kMaxTile + c];
     }
-    if (job.a.product != nullptr) {
-      add_product<Dot, Layout::kRowMajor>(space.w_rows, kTilePitch / Dot::kPairs, space.y_slices.words,
-                                          space.y_slices.pitch, tile.columns, false,
-                                          job.a.of(task.row_lane) + tile.row * depth, tile.rows, depth);
-    }
-    if (job.b.product != nullptr) {
-      add_product<Dot, Layout::kColumnMajor>(space.w_columns, kTilePitch, space.x_slices.words, space.x_slices.pitch,
-                                             tile.rows, false, job.b.of(task.column_lane) + tile.column * depth,
-                                             tile.columns, depth);
-    }
+    add_products<Dot>(tile, task, sweep.x.depth, space, job.a, job.b);
   });
 }
 

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "engine.h"
+#include "level.h"
 
 namespace fastcl::cpu {
 
@@ -21,7 +21,7 @@ class Product {
     for_each_chunk([&](int64_t begin, int64_t end) { std::memset(out_ + begin, 0, sizeof(float) * (end - begin)); });
   }
 
-  float* lanes() { return lanes_.data(); }
+  LaneProduct lanes() { return {out_, lanes_.data(), size_}; }
 
   void merge() {
     if (lanes_.empty()) return;

@@ -41,14 +41,8 @@ double sigmoid_pairs(const Problem& problem, const Workers& workers, const Quest
   std::vector<double> row_sums = lane_sums(true, n, schedule.row_lanes());
   std::vector<double> column_sums = lane_sums(columns != nullptr, m, schedule.column_lanes());
   const auto data = [](std::vector<double>& sums) { return sums.empty() ? nullptr : sums.data(); };
-  const SigmoidPairs job{questions.shifts,
-                         questions.factors,
-                         questions.incoming,
-                         data(row_costs),
-                         data(row_sums),
-                         data(column_sums),
-                         {a, product_a.lanes(), n * depth},
-                         {b, product_b.lanes(), m * depth}};
+  const SigmoidPairs job{questions.shifts, questions.factors, questions.incoming, data(row_costs),
+                         data(row_sums),   data(column_sums), product_a.lanes(),  product_b.lanes()};
   schedule.run(worth(workers, sweep), level.workspace_bytes(sweep),
                [&](const Task& task, void* memory) { level.sigmoid(sweep, job, task, memory); });
   product_a.merge();

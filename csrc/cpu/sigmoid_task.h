@@ -99,7 +99,6 @@ template <class Dot, bool kTagged>
 void sigmoid_task(const Sweep& sweep, const SigmoidPairs& job, const Task& task, void* memory) {
   Workspace space;
   lay_out<Dot>(sweep, static_cast<char*>(memory), space);
-  const int64_t depth = sweep.x.depth;
   const float scale = Scale(sweep.scale).logit;
   const bool weighs = job.incoming != nullptr;
   double* costs = job.costs == nullptr ? nullptr : job.costs + task.row_lane * sweep.x.rows;
@@ -108,7 +107,7 @@ void sigmoid_task(const Sweep& sweep, const SigmoidPairs& job, const Task& task,
   [[maybe_unused]] TileTags tags;
   alignas(64) float shifts[kMaxTile];
   const auto pack = [&](const Tile& tile) {
-    prepare_columns<Dot>(sweep, tile, job.a.product != nullptr, space);
+    prepare_columns<Dot>(sweep, tile, job.a.wanted(), space);
     if constexpr (kTagged) tags.gather_columns(sweep, tile);
     for (int64_t c = 0; c < kMaxTile; ++c) {
       // What is taken out has a logit of -inf, to which an infinity must not be added.
@@ -117,7 +116,7 @@ void sigmoid_task(const Sweep& sweep, const SigmoidPairs& job, const Task& task,
     }
   };
   for_each_tile(sweep, task, pack, [&](const Tile& tile) {
-    prepare_tile_rows<Dot>(sweep, tile, job.b.product != nullptr, space);
+    prepare_tile_rows<Dot>(sweep, tile, job.b.wanted(), space);
     std::memset(space.column_sums, 0, sizeof(float) * kMaxTile);
     for_each_strip<Dot>(sweep, tile, space, Dot::kPairs == 1 && weighs, [&](const Strip& strip) {
       StripSums sums;
@@ -165,16 +164,7 @@ void sigmoid_task(const Sweep& sweep, const SigmoidPairs& job, const Task& task,
     for (int64_t c = 0; column_sums != nullptr && c < tile.columns; ++c) {
       column_sums[tile.column + c] += space.column_sums[c];
     }
-    if (job.a.product != nullptr) {
-      add_product<Dot, Layout::kRowMajor>(space.w_rows, kTilePitch / Dot::kPairs, space.y_slices.words,
-                                          space.y_slices.pitch, tile.columns, false,
-                                          job.a.of(task.row_lane) + tile.row * depth, tile.rows, depth);
-    }
-    if (job.b.product != nullptr) {
-      add_product<Dot, Layout::kColumnMajor>(space.w_columns, kTilePitch, space.x_slices.words, space.x_slices.pitch,
-                                             tile.rows, false, job.b.of(task.column_lane) + tile.column * depth,
-                                             tile.columns, depth);
-    }
+    add_products<Dot>(tile, task, sweep.x.depth, space, job.a, job.b);
   });
 }
 
