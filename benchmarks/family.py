@@ -20,7 +20,10 @@ from fastcl.losses.multiple_negatives import DIRECTIONS
 from fastcl.terms import Plan
 
 ROWS, DIM = 6, 4
-OPTIONS = ("labels", "ids", "weight", "label_smoothing", "return_stats", "group", "normalize", "reduction")
+OPTIONS = (
+    "labels", "ids", "weight", "label_smoothing", "false_negative_margin", "label_width", "return_stats",
+    "group", "exchange", "normalize", "reduction", "backend",
+)  # fmt: skip
 """the keyword arguments that losses have in common"""
 
 
@@ -140,6 +143,8 @@ def backends_table() -> str:
 
 
 def _reason(name: str, caught: Caught) -> str | None:
+    if not caught.plans and not caught.kernels:
+        return "no backend takes part: a few batched products of PyTorch compute it on any device"
     of_plans = map(engine.BACKENDS[name].refuses, caught.plans)
     of_panels = (engine.refuses_panels(name, kernel) for kernel in caught.kernels)
     return next(filter(None, itertools.chain(of_plans, of_panels)), None)

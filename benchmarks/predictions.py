@@ -89,7 +89,7 @@ def case_table(device: Device, rows: int, dims: Iterable[int], dtype: str = "bfl
 
 def target_table(device: Device) -> str:
     """Each target of benchmarks/targets.py against the model."""
-    lines = [markdown_row("target", "wanted", "predicted", "reached", "why"), markdown_row(*["---"] * 5)]
+    lines = [markdown_row("target", "wanted", "predicted", "predicted to hold", "why"), markdown_row(*["---"] * 5)]
     for target in TARGETS:
         number, why = _predicted(target, device)
         if number is None:

@@ -143,8 +143,10 @@ class KernelBench:
         """Spills of what was compiled since the last look; the interpreter compiles nothing."""
         caches = getattr(kernel, "device_caches", {})
         compiled = [entry for cache, *_ in caches.values() for entry in cache.values()]
-        self._spills = max((entry.n_spills for entry in compiled if id(entry) not in self._known), default=0)
+        new = [entry for entry in compiled if id(entry) not in self._known]
         self._known |= set(map(id, compiled))
+        # One that was refused for its shared memory was never loaded, and has no number.
+        self._spills = max((spills for entry in new if (spills := getattr(entry, "n_spills", None))), default=0)
 
 
 @contextlib.contextmanager

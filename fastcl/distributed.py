@@ -239,8 +239,10 @@ def _add_rows(total: Tensor | None, part: Tensor, rows: slice, length: int) -> T
 
 
 def _neutral(terms: Sequence[Term], length: int, operands: Operands) -> Tensor:
-    values = torch.tensor([neutral(term.reduce) for term in terms], dtype=torch.float64)
-    return values.to(operands.a.device)[:, None].repeat(1, length)
+    values = torch.empty(len(terms), length, dtype=torch.float64, device=operands.a.device)
+    for value, term in zip(values, terms, strict=True):
+        value.fill_(neutral(term.reduce))
+    return values
 
 
 def _merge_into(values: Tensor, which: Sequence[int], terms: Sequence[Term], found: Tensor) -> None:
@@ -278,7 +280,7 @@ def statistics_over_ranks(
     _check(rows, columns, largest_targets, b is None)
     operands = Operands(a, b, scale, target, norm_bound, 0, 0, *split_tags(tags))
     shards = Shards(Plan.decode(plan), operands, ranks, rows, columns, exchange, backend)
-    return *shards.statistics(), torch.tensor([rows, columns])
+    return *shards.statistics(), torch.tensor([rows, columns], device="cpu")
 
 
 def _check(rows: list[int], columns: list[int], targets: list[int], symmetric: bool) -> None:
@@ -423,7 +425,7 @@ add_over_ranks.register_autograd(
 
 @torch.library.custom_op("fastcl::gather_over_ranks", mutates_args=())
 def gather_over_ranks(x: Tensor, group: str, call: str) -> tuple[Tensor, Tensor]:
-    """The rows of all ranks, one rank's after the other's, and how many each has, int64 [ranks].
+    """The rows of all ranks, one rank's after the other's, and how many each has, int64 [ranks] on the CPU.
 
     A rank's gradient is that of the sum of all ranks' objectives. ``call`` has a line ``name=value`` for everything
     that all ranks must agree on, besides what is seen here.
@@ -432,13 +434,13 @@ def gather_over_ranks(x: Tensor, group: str, call: str) -> tuple[Tensor, Tensor]
     fields = dict(line.split("=", 1) for line in call.split("\n"))
     fields |= {"dtype": str(x.dtype), "shape of a row": str(tuple(x.shape[1:]))}
     lengths = [length for (length,) in meet(ranks, fields, (len(x),), x.device)]
-    return ranks.all_gather(x, lengths).clone(), torch.tensor(lengths, device=x.device)
+    return ranks.all_gather(x, lengths).clone(), torch.tensor(lengths, device="cpu")
 
 
 @gather_over_ranks.register_fake
 def _(x, group, call):
     total = torch.library.get_ctx().new_dynamic_size()
-    return x.new_empty(total, *x.shape[1:]), x.new_empty(Ranks.of(group).size, dtype=torch.int64)
+    return x.new_empty(total, *x.shape[1:]), torch.empty(Ranks.of(group).size, dtype=torch.int64, device="cpu")
 
 
 def _keep_lengths(ctx, inputs, output) -> None:

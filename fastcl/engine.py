@@ -27,6 +27,7 @@ from fastcl.terms import (
     Plan,
     Products,
     Statistics,
+    wants_tf32,
 )
 
 logger = logging.getLogger("fastcl")
@@ -80,8 +81,7 @@ def _measured(plan: Plan, operands: Operands, capability: tuple[int, int]) -> st
     """The backend that this device's table names for calls like this one, or None."""
     if (kind_of_plan := kind(plan)) is None:
         return None
-    exact = torch.get_float32_matmul_precision() == "highest"
-    precision = tuning.precision_class(operands.a.dtype, "ieee" if exact else "tf32")
+    precision = tuning.precision_class(operands.a.dtype, "tf32" if wants_tf32() else "ieee")
     n, m = operands.shape
     return tuning.fastest_backend(kind_of_plan, precision, capability, n=n, m=m, d=operands.a.shape[1])
 
@@ -224,7 +224,8 @@ def _warn_of_ranks(ranks: int) -> None:
     if ranks > 1:
         warnings.warn(
             f"fastcl computes each rank's loss over that rank's own batch: negatives are not shared between the "
-            f"{ranks} ranks of the process group. Pass group=torch.distributed.group.WORLD to share them.",
+            f"{ranks} ranks of the process group. Pass group=torch.distributed.group.WORLD to share them, unless each "
+            f"rank has all of them already, as with a whole queue or bank.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -29,7 +29,8 @@ class GradCache:
     so that only one chunk's activations need to exist at a time. It is exact: the same gradient as without chunks, with
     the masks of dropout that each chunk drew, whatever follows.
 
-        step = fastcl.GradCache([image_encoder, text_encoder], loss=fastcl.nn.ClipLoss(0.07), chunk_size=256)
+        criterion = fastcl.nn.ClipLoss(0.07, normalize=True)  # its temperature is a parameter of the optimizer, too
+        step = fastcl.GradCache([image_encoder, text_encoder], loss=criterion, chunk_size=256)
         loss = step(images, texts)  # gradients are in the parameters
         optimizer.step()
 

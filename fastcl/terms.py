@@ -349,3 +349,13 @@ def waiting_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """
     narrow = dtype is torch.bfloat16 and device.type != "cpu"
     return torch.bfloat16 if narrow else accumulation_dtype(dtype)
+
+
+def wants_tf32() -> bool:
+    """Whether a GPU's products of float32 may round their operands to tf32, as ``torch.mm`` does there.
+
+    ``torch.get_float32_matmul_precision`` raises where the precision was set for a backend, but tracers can read it.
+    """
+    if torch.compiler.is_compiling():
+        return torch.get_float32_matmul_precision() != "highest"
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"

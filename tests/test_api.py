@@ -39,7 +39,11 @@ X, Y = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1))
         (lambda: fastcl.nt_xent(X, Y, 0.1, reduction="avg"), ValueError, r"reduction must be one of .* got 'avg'"),
         (lambda: fastcl.nt_xent(X, Y, 0.1, backend="gpu"), ValueError, r"backend must be one of .* got 'gpu'"),
         (lambda: fastcl.nt_xent(X, Y, 0.1, backend="cuda"), ValueError, r"backend 'cuda' can't compute this call"),
-        (lambda: fastcl.info_nce(X, Y, Y), ValueError, r"got shape \(6, 4\); pass negatives with negatives="),
+        (
+            lambda: fastcl.info_nce(X, Y, Y),
+            ValueError,
+            r"got shape \(6, 4\), or \[N\], one for each query; negatives are passed by name",
+        ),
         (lambda: fastcl.info_nce(X, Y[:4], 0.1), ValueError, r"query and key must have the same shape"),
         (lambda: fastcl.info_nce(X, Y, 0.1, target=torch.arange(5)), ValueError, r"target must have shape \(6,\)"),
         (lambda: fastcl.info_nce(X, Y, 0.1, target=torch.arange(6) + 1), ValueError, r"indices below 6, got 6"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 import fastcl
+from fastcl.backends.term_codes import term_codes
 from fastcl.losses.clip import reference as clip_reference
 from fastcl.losses.info_nce import reference as info_nce_reference
 from fastcl.losses.multiple_negatives import DIRECTIONS as EVERY_DIRECTION
 from fastcl.losses.nt_xent import reference as nt_xent_reference
 from fastcl.losses.sup_con import reference as sup_con_reference
-from tests.cases import make_features, refusal, require
+from fastcl.terms import wants_tf32
+from tests.cases import available_backends, make_features, refusal, require
 from tests.losses import LOSSES, Loss
 
 X, Y = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(2)).unbind()
@@ -124,7 +127,23 @@ def test_modules_pass_the_options_on() -> None:
             fastcl.clip_loss(X, Y, 3.0, labels=ids, weight=weight, **unit, **smoothing),
         ),
         (
-            fastcl.nn.DistillClipLoss(**unit)(X, Y, 3.0, Y, X, 2.0, **options)[1],
+            fastcl.nn.InfoNCELoss(0.3, label_width=1)(X, Y, labels=ids),
+            fastcl.info_nce(X, Y, 0.3, labels=ids, label_width=1),
+        ),
+        (
+            fastcl.nn.SupConLoss(0.3, label_width=1)(X, ids),
+            fastcl.sup_con_loss(X, ids, 0.3, label_width=1),
+        ),
+        (
+            fastcl.nn.AlphaCLLoss(0.3, backend="dense")(X, Y),
+            fastcl.alpha_cl_loss(X, Y, 0.3),
+        ),
+        (
+            fastcl.nn.SigLipLoss()(X, Y, 3.0, -2.0, **options),
+            fastcl.siglip_loss(X, Y, 3.0, -2.0, **options),
+        ),
+        (
+            fastcl.nn.DistillClipLoss(backend="dense", **unit)(X, Y, 3.0, Y, X, 2.0, **options)[1],
             fastcl.clip_distillation_loss(X, Y, 3.0, Y, X, 2.0, **options, **unit),
         ),
         (
@@ -341,3 +360,62 @@ def test_half_precision_labels_stay_finite() -> None:
         value = loss.call(features, 0.01, reduction="mean")
         value.backward()
         assert torch.isfinite(features[0].grad).all()
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_strided_vectors(backend: str) -> None:
+    """A target, tags and weights that are a column of something."""
+    columns = torch.stack((torch.arange(12).roll(5), torch.arange(12) // 2), dim=1)
+    weight = torch.rand(12, 3, generator=torch.Generator().manual_seed(3))[:, 1]
+    for given in ({"target": columns[:, 0], "ids": columns[:, 1]}, {"labels": columns[:, 1]}):
+        strided = fastcl.info_nce(X, Y, 0.2, weight=weight, backend=backend, **given)
+        given = {name: x.contiguous() for name, x in given.items()}
+        assert torch.equal(strided, fastcl.info_nce(X, Y, 0.2, weight=weight.contiguous(), backend=backend, **given))
+
+
+@pytest.mark.parametrize("backend", available_backends())
+def test_another_default_device(backend: str) -> None:
+    """What a loss makes for itself is on the device of its features."""
+    term_codes.cache_clear()
+    want = fastcl.nt_xent(X, Y, 0.31, backend=backend)
+    term_codes.cache_clear()
+    x, labels = X.clone().requires_grad_(), torch.arange(12) % 5
+    with torch.device("meta"):
+        assert torch.equal(fastcl.nt_xent(x, Y, 0.31, backend=backend), want)
+        fastcl.sup_con_loss(x, labels, 0.3, backend=backend).backward()
+        fastcl.contrastive_loss(x, labels, backend=backend).backward()
+        fastcl.clip_distillation_loss(x, Y, 3.0, Y, X, 2.0, backend=backend).backward()
+        fastcl.siglip_loss(x, Y, 3.0, -2.0, ids=labels, backend=backend).backward()
+
+
+def test_precision_set_for_a_backend() -> None:
+    """torch's newer setting, after which the older one can't be read."""
+    try:
+        assert not wants_tf32()
+        torch.set_float32_matmul_precision("high")
+        assert wants_tf32()
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert not wants_tf32()
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert wants_tf32()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+TAKE_A_GROUP = [loss for loss in vars(fastcl).values() if "group" in getattr(loss, "__annotations__", ())]
+
+
+@pytest.mark.parametrize("loss", TAKE_A_GROUP, ids=lambda loss: loss.__name__)
+def test_group_that_is_none(loss: Callable[..., object]) -> None:
+    given = {
+        "tau": 0.3,
+        "tau_plus": 0.1,
+        "beta": 1.0,
+        "logit_scale": 3.0,
+        "logit_bias": -2.0,
+        "terms": [fastcl.Term(fastcl.Reduce.LSE)],
+    }
+    given |= {"teacher_logit_scale": 2.0, "labels": torch.arange(12) // 2, "high_resolution_outputs": [X, Y], "k": 2}
+    needed = [p.name for p in inspect.signature(loss).parameters.values() if p.default is p.empty]
+    with pytest.raises(TypeError, match=r"group must be None or a torch\.distributed\.ProcessGroup"):
+        loss(**{name: given.get(name, X) for name in needed}, group="ranks")

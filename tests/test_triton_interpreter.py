@@ -169,6 +169,14 @@ def test_plans(name: str) -> None:
     check(plan, make_operands(plan, m=45 if plan.symmetric else 37))
 
 
+@interpreted
+def test_strided_target() -> None:
+    operands = make_operands(PLANS["info_nce"], m=37)
+    apart = torch.stack((operands.target, operands.target.flip(0)), dim=1)[:, 0]
+    assert not apart.is_contiguous()
+    check(PLANS["info_nce"], dataclasses.replace(operands, target=apart))
+
+
 SYMMETRIC_PLANS = [name for name, plan in PLANS.items() if plan.symmetric]
 IN_REGISTERS = tuning.Config(block_m=16, block_n=16, block_d=32, num_warps=4, num_stages=2)
 REGISTERS = [IN_REGISTERS, dataclasses.replace(IN_REGISTERS, block_n=32), dataclasses.replace(IN_REGISTERS, block_m=32)]

@@ -58,6 +58,8 @@ struct Map {
 int most_blocks(cudaError_t* error) {
   int device = 0, count = 1;
   *error = cudaGetDevice(&device);
+  // Makes the device's context current, which this thread may not have had yet: tensor maps are encoded within one.
+  if (*error == cudaSuccess) *error = cudaSetDevice(device);
   if (*error == cudaSuccess) *error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return count;
 }

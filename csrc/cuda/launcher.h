@@ -1,4 +1,5 @@
-// Launches on a stream, the first error kept.
+// Launches on a stream, the first error kept. The runtime keeps its last one, too, until it is read: the next launch
+// would report it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,7 +14,10 @@ class Launcher {
   void operator()(void (*kernel)(Arguments), int blocks, int threads, size_t shared_bytes, const Arguments& arguments) {
     if (error != cudaSuccess) return;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return;
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return;
+    }
     kernel<<<blocks, threads, shared_bytes, stream_>>>(arguments);
     error = cudaGetLastError();
   }

@@ -28,4 +28,4 @@ def term_codes(plan: Plan) -> Tensor:
         )
         for term in plan.terms
     ]
-    return torch.tensor(codes, dtype=torch.int64).reshape(-1, 2 + len(fields(Mask)))
+    return torch.tensor(codes, dtype=torch.int64, device="cpu").reshape(-1, 2 + len(fields(Mask)))

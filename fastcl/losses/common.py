@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from fastcl.checks import check_choice, check_row_vector
+from fastcl.checks import check_choice, check_group, check_row_vector
 from fastcl.cross_entropy import cross_entropy
 from fastcl.distributed import EXCHANGES
 from fastcl.pairwise import pairwise, scalar_tensor
 from fastcl.panels import PanelFunction
 from fastcl.panelwise import panel_rows, panel_sum
-from fastcl.terms import AXES, NO_TAGS, Axis, Mask, Reduce, Tags, Term, accumulation_dtype
+from fastcl.terms import AXES, NO_TAGS, Axis, Mask, Reduce, Tags, Term, accumulation_dtype, wants_tf32
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -44,6 +44,8 @@ class Run(NamedTuple):
         """The same, once it is certain that the options exist."""
         check_choice("reduction", reduction, REDUCTIONS)
         check_choice("exchange", exchange, EXCHANGES)
+        if group is not None:
+            check_group("group", group)
         lines = [f"{name}={value}" for name, value in {**call, "reduction": reduction}.items()]
         return cls(reduction, backend, group, exchange, "\n".join(lines))
 
@@ -342,7 +344,7 @@ def false_negative_threshold(positive: Tensor, margin: float, scale: float | Ten
     out above it by rounding: what is within rounding of the threshold stays a negative.
     """
     rounding = 1e-5
-    if positive.is_cuda and torch.get_float32_matmul_precision() != "highest":
+    if positive.is_cuda and wants_tf32():
         rounding = 2e-3
     return (positive.detach() + margin + rounding) * (scale.detach() if isinstance(scale, Tensor) else scale)
 

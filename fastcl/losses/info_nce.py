@@ -68,11 +68,13 @@ def info_nce(
     Args:
         query: [N, D], float64, float32, bfloat16 or float16.
         key: [M, D] of the same dtype and device; M must be N unless ``target`` is given.
-        tau: the temperature, a positive float or a 0-d tensor, which may require grad; or [N], one for each query.
+        tau: the temperature, a positive float or a 0-d tensor, which may require grad; or [N], one for each query,
+            without ``return_stats``.
         target: int64 [N], the index of each query's positive key, as in ``cross_entropy``; with a ``group``, its index
             among the keys of all ranks, one rank's after the other's. A negative index marks a query without a
             positive: its loss is 0, it gets no gradient, and the mean still divides by N.
-        negatives: [K, D], negatives shared by all queries, or [N, K, D], each query's own. Excludes ``target``. With a
+        negatives: [K, D], negatives shared by all queries, or [N, K, D], each query's own, which no ``ids``,
+            ``group`` or ``backend`` goes with. Excludes ``target``. With a
             ``group``, shared negatives are shards of one queue; where each rank holds the whole queue, or each query
             its own negatives, no ``group`` is needed.
         labels: integers [N] for queries and keys alike, or a pair of [N] and [M]. All keys with a query's label are
@@ -104,7 +106,8 @@ def info_nce(
         TypeError, ValueError: an argument doesn't fit; the message names it.
 
     Complexity: 3 * N * M * D multiply-adds for value and gradients, 2 * N * M * D where only one side requires grad (4
-    and 3 with reduction="none" or a group), O(N + M) memory beyond features and gradients.
+    and 3 with reduction="none", labels, label_smoothing or a group), O(N + M) memory beyond features and gradients;
+    with negatives [N, K, D] N * K logits and, where they are normalised, a copy of them.
 
     Source: van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018 (arXiv:1807.03748).
 
@@ -125,7 +128,7 @@ def info_nce(
     if labels is not None:
         exclude("labels", target=target)
     if per_query:
-        exclude("a temperature for each query", return_stats=return_stats or None)
+        exclude("tau of shape [N]", return_stats=return_stats or None)
     run = Run.checked(
         reduction, backend, group, exchange, loss="info_nce", normalize=normalize, return_stats=return_stats,
         labels=labels is not None, ids=ids is not None, margin=margin is not None, smoothing=label_smoothing > 0,
@@ -217,7 +220,7 @@ def _check(
     if isinstance(tau, Tensor) and tau.dim() == 1:
         check_row_vector("tau", tau, query, integer=False)
     else:
-        hint = "; pass negatives with negatives=..." if isinstance(tau, Tensor) and tau.dim() == 2 else ""
+        hint = ", or [N], one for each query; negatives are passed by name" if isinstance(tau, Tensor) else ""
         check_scalar("tau", tau, positive=True, hint=hint)
     if target is not None:
         check_target("target", target, query, key.shape[0] if group is None else None)

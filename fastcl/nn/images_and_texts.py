@@ -98,9 +98,16 @@ class DistillClipLoss(nn.Module):
     [0.5514, 0.5514]
     """
 
-    def __init__(self, *, normalize: bool = False, reduction: str = "mean", group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        normalize: bool = False,
+        reduction: str = "mean",
+        backend: str | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
-        self.options = {"normalize": normalize, "reduction": reduction, "group": group}
+        self.options = {"normalize": normalize, "reduction": reduction, "backend": backend, "group": group}
 
     def forward(
         self,
@@ -164,6 +171,10 @@ class SigLipLoss(nn.Module):
         logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
+        *,
+        labels: Tensor | None = None,
+        ids: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         if self.logit_scale is not None:
             if logit_scale is not None or logit_bias is not None:
@@ -177,5 +188,6 @@ class SigLipLoss(nn.Module):
                 f"logit_scale and logit_bias must be given, or learned by SigLipLoss(temperature=...); got "
                 f"{logit_scale!r} and {logit_bias!r}"
             )
-        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        options = self.options | {"labels": labels, "ids": ids, "weight": weight}
+        loss = siglip_loss(image_features, text_features, logit_scale, logit_bias, **options)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -62,8 +62,12 @@ class NTXentLoss(_SoftmaxLoss):
 class InfoNCELoss(_SoftmaxLoss):
     """:func:`fastcl.info_nce` as a module: ``InfoNCELoss(0.1)(query, key, negatives=queue)``.
 
-    The options are those of :class:`NTXentLoss`.
+    The options are those of :class:`NTXentLoss`, and the function's ``label_width``.
     """
+
+    def __init__(self, temperature: float, *, label_width: int = 0, **options: object) -> None:
+        super().__init__(temperature, **options)
+        self.options |= {"label_width": label_width}
 
     def forward(
         self,
@@ -97,10 +101,16 @@ class SupConLoss(TemperatureLoss):
     """
 
     def __init__(
-        self, temperature: float, *, form: str = "out", label_smoothing: float = 0.0, **options: object
+        self,
+        temperature: float,
+        *,
+        form: str = "out",
+        label_width: int = 0,
+        label_smoothing: float = 0.0,
+        **options: object,
     ) -> None:
         super().__init__(temperature, **options)
-        self.options |= {"form": form, "label_smoothing": label_smoothing}
+        self.options |= {"form": form, "label_width": label_width, "label_smoothing": label_smoothing}
 
     def forward(
         self,
@@ -205,6 +215,7 @@ class AlphaCLLoss(nn.Module):
         *,
         normalize: bool = True,
         reduction: str = "mean",
+        backend: str | None = None,
         group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
@@ -214,6 +225,7 @@ class AlphaCLLoss(nn.Module):
             "power": power,
             "normalize": normalize,
             "reduction": reduction,
+            "backend": backend,
             "group": group,
         }
 

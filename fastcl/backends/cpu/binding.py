@@ -73,7 +73,7 @@ def _ranks(tags: list[Tensor], width: int) -> list[Tensor]:
     """
     sizes = [len(x) for x in tags]
     values, rank = torch.unique(torch.cat(tags), return_inverse=True)
-    first = last = torch.arange(len(values))
+    first = last = torch.arange(len(values), device="cpu")
     if width:
         limits = torch.iinfo(values.dtype)
         first = torch.searchsorted(values, values.clamp(min=limits.min + width) - width)

@@ -101,7 +101,7 @@ def _sweep(
             x.scale.item(),
             x.bias.item(),
             _PAIR_FUNCTIONS.index(function),
-            torch.tensor([*numbers, 0.0, 0.0][:2]),
+            torch.tensor([*numbers, 0.0, 0.0][:2], device="cpu"),
             vector(of_rows),
             vector(of_columns),
             vector(row_given),
@@ -196,7 +196,7 @@ def _energy(
 def soft_targets(x: PanelOperands, incoming: Tensor | None, values: Tensor | None, needs: PanelNeeds) -> PanelGradients:
     """The panel function of :mod:`fastcl.losses.distillation`: both softmaxes' sums, then the cross entropy."""
     of_rows, of_columns, scale = x.guide
-    guide = replace(x, a=of_rows, b=of_columns, scale=scale, bias=torch.zeros(()), guide=())
+    guide = replace(x, a=of_rows, b=of_columns, scale=scale, bias=torch.zeros((), device="cpu"), guide=())
     both = torch.cat([_sweep("candidates", s).values for s in (x, guide)])
     return _sweep("soft targets", x, row_given=both, incoming=incoming, needs=needs).gradients(needs)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastcl import tuning
 from fastcl.backends import panels
-from fastcl.backends.cuda.binding import aligned, capability, extension, high_precision, run, takes, unavailable
+from fastcl.backends.cuda.binding import aligned, capability, extension, run, takes, unavailable
 from fastcl.backends.cuda.panel_functions import PANEL_KERNELS
 from fastcl.backends.shift import fixed_shift, flag_threshold
 from fastcl.backends.softmax import two_sweeps
@@ -37,6 +37,7 @@ from fastcl.terms import (
     Products,
     Statistics,
     Tags,
+    wants_tf32,
 )
 
 __all__ = [
@@ -131,7 +132,7 @@ class _Inputs(NamedTuple):
     def arguments(self, plan: Plan) -> tuple[Any, ...]:
         vectors = (self.a, self.b, self.scale, self.shift, self.target)
         numbers = (self.label_width, self.self_offset, self.flag_below)
-        how = (plan.symmetric, high_precision(), _takes_hopper(self.a))
+        how = (plan.symmetric, not wants_tf32(), _takes_hopper(self.a))
         return (*vectors, *self.row_tags, *self.column_tags, *numbers, term_codes(plan), *how)
 
     def without_tags(self, plan: Plan) -> tuple[Any, ...]:

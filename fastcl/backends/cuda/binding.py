@@ -56,11 +56,6 @@ def capability(a: Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(a.device) if a.is_cuda else None
 
 
-def high_precision() -> bool:
-    """Whether products of float32 are to have nearly its accuracy."""
-    return torch.get_float32_matmul_precision() == "highest"
-
-
 def aligned(x: Tensor) -> Tensor:
     """Rows apart from each other that begin where asynchronous copies can read them: x itself, or a copy."""
     alignment = extension().ALIGNMENT

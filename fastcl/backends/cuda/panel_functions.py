@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fastcl import tuning
 from fastcl.backends import panels
-from fastcl.backends.cuda.binding import aligned, capability, extension, high_precision, run
+from fastcl.backends.cuda.binding import aligned, capability, extension, run
 from fastcl.backends.panels import Panel
 from fastcl.backends.softmax import finish
-from fastcl.terms import Needs, Operands, PanelGradients, PanelNeeds, PanelOperands, Plan, Products, Tags
+from fastcl.terms import Needs, Operands, PanelGradients, PanelNeeds, PanelOperands, Plan, Products, Tags, wants_tf32
 
 _CODES = {
     name: code
@@ -117,7 +117,7 @@ class _Operands(NamedTuple):
             *self.key_tags[:2],
             self.guide(panel),
             multiplier,
-            high_precision(),
+            not wants_tf32(),
             *panel[:4],
             *sums,
             out,

@@ -34,6 +34,8 @@ from fastcl.terms import (
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_OLDEST = 8, 0
+"""the first compute capability with bfloat16 and tf32"""
 
 
 def unavailable() -> str | None:
@@ -41,6 +43,8 @@ def unavailable() -> str | None:
         return "triton is not installed"
     if not torch.cuda.is_available() and not _is_interpreted():
         return "there is no CUDA device"
+    if torch.version.hip is not None:
+        return "its tables are for NVIDIA's devices"
     return None
 
 
@@ -57,6 +61,8 @@ def takes(a: Tensor) -> str | None:
         return f"the tensors are on {a.device.type}, not on a CUDA device"
     if a.dtype not in _DTYPES:
         return f"{a.dtype} is not one of float32, bfloat16, float16"
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) < _OLDEST:
+        return f"it needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or higher"
     return None
 
 

@@ -12,12 +12,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastcl import tuning
 from fastcl.backends.shift import fixed_shift, flag_threshold
 from fastcl.backends.triton.plan import Constants
-from fastcl.terms import Operands, PanelOperands, Tags
+from fastcl.terms import Operands, PanelOperands, Tags, wants_tf32
 
 _FIRST_WITH_TMA = (9, 0)
 _WARPS = 8
 """of a multiprocessor, each of whose threads takes up to 255 of its 65,536 registers, as these kernels' do"""
-_FLOAT32_PRECISION = {"highest": "tf32x3", "high": "tf32", "medium": "tf32"}
 
 
 class Inputs(NamedTuple):
@@ -50,7 +49,7 @@ def inputs(operands: Operands, shift: Tensor | None = None) -> Inputs:
         b=a if operands.b is None else unit_stride(operands.b),
         scale=operands.scale,
         shift=fixed_shift(operands, operands.scale.detach().float()) if shift is None else shift,
-        target=operands.target,
+        target=None if operands.target is None else operands.target.contiguous(),
         row_tags=row_tags,
         column_tags=row_tags if operands.b is None else contiguous(operands.column_tags),
         first_column=operands.col0,
@@ -62,7 +61,9 @@ def inputs(operands: Operands, shift: Tensor | None = None) -> Inputs:
 
 def matmul_precision(dtype: torch.dtype) -> str:
     """tl.dot's ``input_precision``: three tf32 products stand for one of float32."""
-    return _FLOAT32_PRECISION[torch.get_float32_matmul_precision()] if dtype is torch.float32 else "ieee"
+    if dtype is not torch.float32:
+        return "ieee"
+    return "tf32" if wants_tf32() else "tf32x3"
 
 
 def configuration(kernel: str, a: Tensor, n: int, m: int) -> tuning.Config:

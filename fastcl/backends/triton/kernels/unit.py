@@ -38,13 +38,13 @@ def unit_kernel(
     row = rows.to(tl.int64)[:, None]
     squares = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     for start in range(0, d, BLOCK_D):
-        k = start + tl.arange(0, BLOCK_D)
+        k = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         x = _load(x_ptr + row * stride_x + k[None, :] * stride_x_d, rows, n, k, d)
         squares += x * x
     norm = tl.sqrt(tl.sum(squares, axis=1))
     norm = tl.maximum(norm, _SMALLEST_NORM, propagate_nan=tl.PropagateNan.ALL)[:, None]
     for start in range(0, d, BLOCK_D):
-        k = start + tl.arange(0, BLOCK_D)
+        k = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         x = _load(x_ptr + row * stride_x + k[None, :] * stride_x_d, rows, n, k, d)
         there = (rows < n)[:, None] & (k < d)[None, :]
         tl.store(unit_ptr + row * d + k[None, :], (x / norm).to(unit_ptr.dtype.element_ty), mask=there)
@@ -72,7 +72,7 @@ def through_unit_kernel(
     squares = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     along = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
     for start in range(0, d, BLOCK_D):
-        k = start + tl.arange(0, BLOCK_D)
+        k = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         x = _load(x_ptr + row * stride_x + k[None, :] * stride_x_d, rows, n, k, d)
         squares += x * x
         along += x * _load(product_ptr + row * d + k[None, :], rows, n, k, d)
@@ -82,7 +82,7 @@ def through_unit_kernel(
     clamped = clamped[:, None]
     scale = tl.load(scale_ptr)
     for start in range(0, d, BLOCK_D):
-        k = start + tl.arange(0, BLOCK_D)
+        k = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         x = _load(x_ptr + row * stride_x + k[None, :] * stride_x_d, rows, n, k, d)
         product = _load(product_ptr + row * d + k[None, :], rows, n, k, d)
         gradient = scale * (product - radial * (x / clamped)) / clamped
