@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 SUSTAINED = {"gemm": 0.80, "copy": 0.90}
-"""What remains of the published peaks: an H200 was measured at 790 of 989 TFLOP/s (bf16) and 4.3 of 4.8 TB/s."""
+"""What remains of the published peaks: 790 of 989 TFLOP/s (bf16) and 4.3 of 4.8 TB/s are reported for an H200."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ DEVICES = {
         50 << 20,
         40,
         228 << 10,
-        "NVIDIA H200 data sheet; bf16 products and copy measured elsewhere",
+        "NVIDIA H200 data sheet; bf16 products and copy as reported for such devices, not by a run of ours",
     ),
     "b200": Device(
         "B200",

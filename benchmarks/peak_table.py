@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from benchmarks.providers import CPU_ENGINE
-from benchmarks.report import markdown_row
+from benchmarks.report import markdown_row, read_csv
 
 SMALLEST = 4096
 """rows of the similarity matrix below which overheads and not the arithmetic decide"""
@@ -29,14 +31,18 @@ def caption(rows: Sequence[dict[str, str]]) -> str:
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:
-    """Losses, dtypes and dims down, rows of the similarity matrix across; empty where there is nothing to show."""
+    """Losses, dtypes and dims down, rows of the similarity matrix across; empty where there is nothing to show.
+
+    Of a case with several runs it shows the median.
+    """
     own = [row for row in _measured(rows) if int(row["rows"]) >= SMALLEST]
     if not own:
         return ""
     sizes = sorted({int(row["rows"]) for row in own})
-    lines: dict[tuple[str, str, str], dict[int, str]] = {}
+    lines: dict[tuple[str, str, str], dict[int, list[dict[str, str]]]] = {}
     for row in own:
-        lines.setdefault((row["loss"], row["dtype"], row["dim"]), {})[int(row["rows"])] = _cell(row)
+        cells = lines.setdefault((row["loss"], row["dtype"], row["dim"]), {})
+        cells.setdefault(int(row["rows"]), []).append(row)
     note = " In brackets: one thread's time over all threads'." if any(row["thread_scaling"] for row in own) else ""
     return "\n".join(
         [
@@ -45,11 +51,22 @@ def table(rows: Sequence[dict[str, str]]) -> str:
             markdown_row("loss", "D", *(f"{n:,} rows" for n in sizes)),
             markdown_row("---", *["--:"] * (len(sizes) + 1)),
             *(
-                markdown_row(f"`{loss}` {dtype}", dim, *(cells.get(n, "-") for n in sizes))
+                markdown_row(f"`{loss}` {dtype}", dim, *(_cell(cells.get(n, [])) for n in sizes))
                 for (loss, dtype, dim), cells in lines.items()
             ),
         ]
     )
+
+
+def page_tables(results: Path) -> Mapping[str, str]:
+    """By the name of the marker in docs/cpu-engine.md: for each kind of run in ``results/*/engine``, each device."""
+    found = {}
+    for kind in ("peak", "threads", "avx2"):
+        rows = [row for path in sorted(results.glob(f"*/engine/{kind}*.csv")) for row in read_csv(path)]
+        devices = dict.fromkeys(row["device"] for row in rows)
+        own = ((device, [row for row in rows if row["device"] == device]) for device in devices)
+        found[kind] = "\n\n".join(f"**{device}**, commit {of[0]['commit']}. {table(of)}" for device, of in own)
+    return found
 
 
 def percent(row: dict[str, str]) -> str:
@@ -62,9 +79,12 @@ def _measured(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     return [row for row in rows if row["provider"] == CPU_ENGINE and percent(row)]
 
 
-def _cell(row: dict[str, str]) -> str:
-    scaling = row["thread_scaling"]
-    return percent(row) + (f" ({float(scaling):.2f}x)" if scaling else "")
+def _cell(runs: Sequence[dict[str, str]]) -> str:
+    if not runs:
+        return "-"
+    share = statistics.median(float(row["fraction_of_peak"]) for row in runs)
+    scalings = [float(row["thread_scaling"]) for row in runs if row["thread_scaling"]]
+    return f"{100 * share:.0f} %" + (f" ({statistics.median(scalings):.2f}x)" if scalings else "")
 
 
 def _span(numbers: Sequence[float]) -> str:

@@ -1,5 +1,5 @@
-"""The README's tables, from what is in ``benchmarks/results``, those of docs/gpu-kernels.md, from the cost model, and
-those of docs/losses.md, from trying every loss.
+"""The tables of README and docs/cpu-engine.md, from what is in ``benchmarks/results``, those of docs/gpu-kernels.md,
+from the cost model, and those of docs/losses.md, from trying every loss.
 
 ``python -m benchmarks status`` rewrites what stands between the pages' markers; ``--check`` only says whether it is
 what it would write. ``results/compiled.json`` is written by hand: devices for which CI compiles a backend ahead of time
@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks status", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a page is stale")
     parser.add_argument("--readme", type=Path, default=ROOT.parent / "README.md")
+    parser.add_argument("--cpu-page", type=Path, default=ROOT.parent / "docs" / "cpu-engine.md")
     parser.add_argument("--gpu-page", type=Path, default=ROOT.parent / "docs" / "gpu-kernels.md")
     parser.add_argument("--losses-page", type=Path, default=ROOT.parent / "docs" / "losses.md")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> int:
     readme = readme_tables(load_results(options.results), load_compiled(options.results))
     pages = (
         (options.readme, readme),
+        (options.cpu_page, peak_table.page_tables(options.results)),
         (options.gpu_page, predictions.page_tables()),
         (options.losses_page, family.page_tables()),
     )

@@ -154,7 +154,8 @@ def _settings(job: Job, config: tuning.Config | None) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if job.precision == "tf32" else "highest")
     try:
-        with tuning.override(registers=config) if job.base == "registers" else tuning.override(config):
+        of_job = {"registers": config} if job.base == "registers" else {"config": config, "kernel": job.kernel}
+        with tuning.override(**of_job):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

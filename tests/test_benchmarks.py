@@ -199,6 +199,14 @@ def test_share_of_the_peak_is_shown_where_there_is_one(tmp_path: Path) -> None:
     assert "of peak" not in status.measured_table(old)
 
 
+def test_several_runs_show_their_median(tmp_path: Path) -> None:
+    rows = []
+    for share in (0.7, 0.9, 0.8):
+        write_csv([replace(_engine_rows()[0], fraction_of_peak=share)], tmp_path / "results.csv")
+        rows += read_csv(tmp_path / "results.csv")
+    assert "| `nt_xent` float32 | 16 | 80 % (3.50x) |" in peak_table.table(rows)
+
+
 def test_small_batches_are_not_held_against_the_peak(tmp_path: Path) -> None:
     write_csv(_engine_rows(pairs=64), tmp_path / "results.csv")
     assert peak_table.table(read_csv(tmp_path / "results.csv")) == ""
@@ -291,13 +299,21 @@ def test_readme_is_checked(output: tuple[int, Path], tmp_path: Path, monkeypatch
     (results / "some-device").mkdir(parents=True)
     (results / "some-device" / "results.csv").write_text((output[1] / "results.csv").read_text())
     (results / "compiled.json").write_text('[{"device": "a GPU", "kind": "cuda", "backends": ["triton"]}]')
+    engine_page = tmp_path / "engine.md"
+    engine_page.write_text(
+        "".join(f"<!-- {kind}:begin -->\n<!-- {kind}:end -->\n" for kind in ("peak", "threads", "avx2"))
+    )
+    (results / "some-device" / "engine").mkdir()
+    write_csv(_engine_rows(), results / "some-device" / "engine" / "peak.csv")
     arguments = ["--readme", str(readme), "--results", str(results), "--gpu-page", str(page)]
+    arguments += ["--cpu-page", str(engine_page)]
 
     assert status.main(["--check", *arguments]) == 1
     assert "old" in readme.read_text()
     assert status.main(arguments) == 0
     assert status.main(["--check", *arguments]) == 0
     assert page.read_text() == "<!-- targets:begin -->\nnew\n<!-- targets:end -->\n"
+    assert "| `nt_xent` float32 | 16 |" in engine_page.read_text()
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -306,7 +322,7 @@ def test_readme_is_checked(output: tuple[int, Path], tmp_path: Path, monkeypatch
     assert "| `nt_xent` float32 | 64 x 128 |" in text
 
 
-def test_readme_and_gpu_page_are_up_to_date() -> None:
+def test_pages_are_up_to_date() -> None:
     assert status.main(["--check"]) == 0, "run `python -m benchmarks status`"
 
 

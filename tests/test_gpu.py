@@ -84,6 +84,23 @@ def test_agrees_with_float64(loss: Loss, shape: tuple[int, int], dtype: torch.dt
     check_against_float64(loss, *shape, dtype, backend, device="cuda")
 
 
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_settings_of_the_process(backend: str) -> None:
+    """A target that is a column of something, torch's newer setting of precision, another default device."""
+    query, key = torch.randn(2, 70, 32, generator=torch.Generator().manual_seed(0)).cuda().unbind()
+    target = torch.randint(70, (70, 2), generator=torch.Generator().manual_seed(1)).cuda()[:, 0]
+    want = fastcl.info_nce(query, key, 0.2, target=target.contiguous(), backend="dense")
+    torch.testing.assert_close(fastcl.info_nce(query, key, 0.2, target=target, backend=backend), want)
+    with torch.device("cuda"):
+        torch.testing.assert_close(
+            fastcl.info_nce(query, key, 0.21, target=target, backend=backend), want, rtol=0.1, atol=0
+        )
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.testing.assert_close(
+        fastcl.info_nce(query, key, 0.2, target=target, backend=backend), want, rtol=1e-2, atol=0
+    )
+
+
 ON_ENGINES = [loss for loss in LOSSES if "triton" in loss.backends and not loss.by_panels]
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -421,6 +422,18 @@ def test_reasons() -> None:
     assert "rows" in triton.supports(mirrored, make_operands(mirrored))
     shifted = make_operands(PLANS["nt_xent"], col0=3)
     assert "row0" in triton.supports(PLANS["nt_xent"], shifted)
+
+
+def test_devices_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=torch.device("cuda"))
+    monkeypatch.setattr(triton, "_is_installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert triton.takes(on_gpu) == "it needs compute capability 8.0 or higher"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert triton.takes(on_gpu) is None
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert triton.takes(on_gpu) == "its tables are for NVIDIA's devices"
 
 
 def test_import_needs_no_triton() -> None:

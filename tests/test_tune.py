@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +68,32 @@ def test_fastest_right_one_wins() -> None:
     text = "\n".join(said)
     for part in ("WRONG by 1.0e-01", "WRONG by nan", "8 registers spilled", "out of resource", "2.00x as fast"):
         assert part in text
+
+
+def test_candidate_is_for_its_kernel_alone() -> None:
+    config = tuning.Config(block_m=16, block_n=16, block_d=16, num_warps=1, num_stages=1)
+    shape = {"n": 8, "m": 8, "d": 8}
+    others = tuning.lookup("redo", "half", None, **shape)
+    with tuning.override(config, kernel="sweep"):
+        assert tuning.lookup("sweep", "half", None, **shape) is config
+        assert tuning.lookup("redo", "half", None, **shape) is others
+
+
+def test_refused_kernels_have_no_spills() -> None:
+    """Triton keeps what it compiled before it finds that it doesn't fit, and counts registers after."""
+    pytest.importorskip("triton")
+    from benchmarks.tune_bench import KernelBench
+
+    bench = KernelBench(8, "cpu")
+    refused, loaded = SimpleNamespace(), SimpleNamespace(n_spills=4)
+    kernel = SimpleNamespace(device_caches={0: ({"refused": refused},)})
+    bench._look_at_compiled(kernel)
+    assert bench.spills() == 0
+    kernel.device_caches[0][0]["loaded"] = loaded
+    bench._look_at_compiled(kernel)
+    assert bench.spills() == 4
+    bench._look_at_compiled(kernel)
+    assert bench.spills() == 0
 
 
 def test_noise_does_not_win() -> None:

@@ -19,7 +19,7 @@ int64_t ceil_divide(int64_t n, int64_t divisor) { return (n + divisor - 1) / div
 
 // Whether a sweep takes less time than it takes to wake other threads.
 bool is_small(int64_t rows, int64_t columns, int64_t depth) {
-  constexpr int64_t kSmall = int64_t{1} << 24;
+  constexpr int64_t kSmall = int64_t{1} << 23;
   return rows * columns < kSmall / std::max<int64_t>(1, depth);
 }
 

@@ -65,6 +65,7 @@ class Table:
 
 class _Override(NamedTuple):
     config: Config | None
+    kernel: str | None
     workspace_bytes: int | None
     registers: Config | None
 
@@ -82,7 +83,7 @@ def precision_class(dtype: torch.dtype, matmul_precision: str) -> str:
 def lookup(kernel: str, precision: str, capability: tuple[int, int] | None, **shape: int) -> Config:
     """The configuration of the nearest shape (n, m, d) in the table of this compute capability."""
     override = _override.get()
-    if override is not None and override.config is not None:
+    if override is not None and override.config is not None and override.kernel in (None, kernel):
         return override.config
     entries = table(capability).entries[kernel, precision]
     return min(entries, key=lambda entry: _distance(entry[0], shape))[1]
@@ -127,13 +128,16 @@ def cuda_registers(precision: str, capability: tuple[int, int] | None, d: int) -
 
 @contextlib.contextmanager
 def override(
-    config: Config | None = None, workspace_bytes: int | None = None, registers: Config | None = None
+    config: Config | None = None,
+    workspace_bytes: int | None = None,
+    registers: Config | None = None,
+    kernel: str | None = None,
 ) -> Iterator[None]:
-    """Within the context every kernel takes this configuration, and the backward this much workspace.
+    """Within the context all kernels, or an entry's, take this configuration, and the backward this much workspace.
 
     A symmetric plan's backward keeps its sums in registers with ``registers``, and writes panels of W without.
     """
-    token = _override.set(_Override(config, workspace_bytes, registers))
+    token = _override.set(_Override(config, kernel, workspace_bytes, registers))
     try:
         yield
     finally:
