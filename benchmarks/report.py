@@ -100,6 +100,9 @@ def _row(result: Result, best: Result | None, one_thread: Result | None, machine
     threads = result.provider.threads or machine.threads
     is_engine = result.provider.is_cpu_engine
     peak = statistics.median(result.peaks) if result.peaks and has_floor else None
+    if peak and result.times_ms and case.floor_flops > peak * result.median_ms / 1e3:
+        # Nothing exceeds it: its threads shared a core.
+        peak = None
     scales = one_thread is not None and result.provider.name == CPU_ENGINE
     timing = summarize_times(result.times_ms) if result.times_ms else None
     floor_ms = case.floor_flops / rate.flops * 1e3

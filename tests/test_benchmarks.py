@@ -199,6 +199,13 @@ def test_share_of_the_peak_is_shown_where_there_is_one(tmp_path: Path) -> None:
     assert "of peak" not in status.measured_table(old)
 
 
+def test_a_peak_below_what_was_reached_is_none() -> None:
+    case = Case("nt_xent", 4096, 16)
+    engine = replace(find("dense eager", "cpu"), name=CPU_ENGINE)
+    (row,) = make_rows([Result(engine, case, "ok", gate_pairs=4096, times_ms=[4000.0], peaks=[1e9])], MACHINE)
+    assert row.peak_gflops is row.fraction_of_peak is None
+
+
 def test_several_runs_show_their_median(tmp_path: Path) -> None:
     rows = []
     for share in (0.7, 0.9, 0.8):
