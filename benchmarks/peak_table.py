@@ -65,7 +65,7 @@ def page_tables(results: Path) -> Mapping[str, str]:
         rows = [row for path in sorted(results.glob(f"*/engine/{kind}*.csv")) for row in read_csv(path)]
         devices = dict.fromkeys(row["device"] for row in rows)
         own = ((device, [row for row in rows if row["device"] == device]) for device in devices)
-        found[kind] = "\n\n".join(f"**{device}**, commit {of[0]['commit']}. {table(of)}" for device, of in own)
+        found[kind] = "\n\n".join(f"**{device}**, {_commits(of)}. {table(of)}" for device, of in own)
     return found
 
 
@@ -85,6 +85,11 @@ def _cell(runs: Sequence[dict[str, str]]) -> str:
     share = statistics.median(float(row["fraction_of_peak"]) for row in runs)
     scalings = [float(row["thread_scaling"]) for row in runs if row["thread_scaling"]]
     return f"{100 * share:.0f} %" + (f" ({statistics.median(scalings):.2f}x)" if scalings else "")
+
+
+def _commits(rows: Sequence[dict[str, str]]) -> str:
+    commits = dict.fromkeys(row["commit"] for row in rows)
+    return f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
 
 
 def _span(numbers: Sequence[float]) -> str:

@@ -108,7 +108,10 @@ def measured_table(results: Sequence[ResultRow]) -> str:
     for device in dict.fromkeys(row["device"] for row in results):
         own = [row for row in results if row["device"] == device]
         first = own[0]
-        rates = dict.fromkeys(f"{r['dtype']} {float(r['gemm_gflops']):,.0f} GFLOP/s ({r['gemm_library']})" for r in own)
+        rates: dict[str, str] = {}
+        for row in own:
+            rate = f"{row['dtype']} {float(row['gemm_gflops']):,.0f} GFLOP/s ({row['gemm_library']})"
+            rates.setdefault(row["dtype"], rate)
         columns = [
             "loss",
             "pairs x dim",
@@ -126,7 +129,7 @@ def measured_table(results: Sequence[ResultRow]) -> str:
         link = f"[all numbers](benchmarks/results/{device_slug(device)})"
         parts += [
             f"**{device}**, torch {first['torch']}, commit {first['commit']}, {first['date']}; {link}. "
-            f"`torch.mm`: {', '.join(rates)}. {caption}".rstrip(),
+            f"`torch.mm`: {', '.join(rates.values())}. {caption}".rstrip(),
             "",
             markdown_row(*columns),
             markdown_row("---", *["--:"] * (len(columns) - 1)),

@@ -1,7 +1,8 @@
 """The vocabulary every loss is written in: which pairs count, how they are reduced, and over what operands.
 
-A leaf module: it imports torch for annotations and dtypes and nothing else of fastcl. A :class:`Plan` is a few
-:class:`Term`\\ s over ``S = scale * A @ B.T``; a backend computes all of a plan's terms in one sweep over tiles of S.
+A leaf module: it imports torch, for annotations, dtypes and its setting of precision, and nothing else of fastcl. A
+:class:`Plan` is a few :class:`Term`\\ s over ``S = scale * A @ B.T``; a backend computes all of a plan's terms in one
+sweep over tiles of S.
 """
 
 from __future__ import annotations

@@ -406,7 +406,7 @@ TAKE_A_GROUP = [loss for loss in vars(fastcl).values() if "group" in getattr(los
 
 
 @pytest.mark.parametrize("loss", TAKE_A_GROUP, ids=lambda loss: loss.__name__)
-def test_group_that_is_none(loss: Callable[..., object]) -> None:
+def test_what_is_no_group(loss: Callable[..., object]) -> None:
     given = {
         "tau": 0.3,
         "tau_plus": 0.1,

@@ -73,10 +73,9 @@ def info_nce(
         target: int64 [N], the index of each query's positive key, as in ``cross_entropy``; with a ``group``, its index
             among the keys of all ranks, one rank's after the other's. A negative index marks a query without a
             positive: its loss is 0, it gets no gradient, and the mean still divides by N.
-        negatives: [K, D], negatives shared by all queries, or [N, K, D], each query's own, which no ``ids``,
-            ``group`` or ``backend`` goes with. Excludes ``target``. With a
-            ``group``, shared negatives are shards of one queue; where each rank holds the whole queue, or each query
-            its own negatives, no ``group`` is needed.
+        negatives: [K, D], negatives shared by all queries, or [N, K, D], each query's own, which exclude ``ids``,
+            ``group`` and ``backend``. Both exclude ``target``. With a ``group``, shared negatives are shards of one
+            queue; where each rank holds the whole queue, or each query its own negatives, no ``group`` is needed.
         labels: integers [N] for queries and keys alike, or a pair of [N] and [M]. All keys with a query's label are
             then its positives, any number of them, and the loss is their mean, as in :func:`fastcl.sup_con_loss`.
             Excludes ``target``, ``negatives`` and ``false_negative_margin``.
