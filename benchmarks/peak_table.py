@@ -72,7 +72,7 @@ def page_tables(results: Path) -> Mapping[str, str]:
 def percent(row: dict[str, str]) -> str:
     """A row's share of the peak, empty in a row that was not measured against one."""
     share = row.get("fraction_of_peak")
-    return f"{100 * float(share):.0f} %" if share else ""
+    return _percent(float(share)) if share else ""
 
 
 def _measured(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
@@ -84,7 +84,11 @@ def _cell(runs: Sequence[dict[str, str]]) -> str:
         return "-"
     share = statistics.median(float(row["fraction_of_peak"]) for row in runs)
     scalings = [float(row["thread_scaling"]) for row in runs if row["thread_scaling"]]
-    return f"{100 * share:.0f} %" + (f" ({statistics.median(scalings):.2f}x)" if scalings else "")
+    return _percent(share) + (f" ({statistics.median(scalings):.2f}x)" if scalings else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _commits(rows: Sequence[dict[str, str]]) -> str:

@@ -37,7 +37,9 @@ ENGINES = [name for name in ON_GPU if name in ("triton", "cuda")]
 
 
 @pytest.fixture(autouse=True)
-def _full_precision_float32() -> None:
+def _full_precision_float32() -> Iterator[None]:
+    torch.set_float32_matmul_precision("highest")
+    yield
     torch.set_float32_matmul_precision("highest")
 
 

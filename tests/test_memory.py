@@ -22,6 +22,7 @@ from tests.cases import each_loss_and_backend, make_features
 from tests.losses import LOSSES, Loss
 
 PAIRS = 4096
+CALLS = 5
 M_MMAP_THRESHOLD = -3
 
 Measured = Callable[..., int]
@@ -61,7 +62,7 @@ def bytes_of_loss(name: str, backend: str | None, pairs: int) -> int:
 def _least(step: Callable[[], object]) -> int:
     """What a step needs it needs in each call; what the allocator adds comes and goes."""
     step()
-    return min(peak_memory(step, "cpu") for _ in range(5))
+    return min(peak_memory(step, "cpu") for _ in range(CALLS))
 
 
 def bytes_of_nt_xent(threads: int) -> int:
@@ -88,7 +89,8 @@ def test_memory_stays_far_below_the_logits(loss: Loss, backend: str | None, meas
 
 
 def test_the_measurement_sees_what_dense_takes(measured: Measured) -> None:
-    assert measured(bytes_of_loss, "clip", "dense", PAIRS // 2) > 4 * (PAIRS // 2) ** 2
+    pairs = PAIRS // 2
+    assert all(measured(bytes_of_loss, "clip", "dense", pairs) > 4 * pairs**2 for _ in range(CALLS))
 
 
 needs_engine = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
@@ -96,8 +98,8 @@ needs_engine = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.
 
 @needs_engine
 def test_threads_share_the_gradient(measured: Measured) -> None:
-    """One more brings its workspace, of the same size for any batch; a gradient of its own would be 16 MB here."""
-    assert measured(bytes_of_nt_xent, 8) - measured(bytes_of_nt_xent, 1) < 7 * 5e6
+    """Seven more bring their workspaces, of the same size for any batch; one gradient more would be 16 MB here."""
+    assert measured(bytes_of_nt_xent, 8) - measured(bytes_of_nt_xent, 1) < 16e6
 
 
 @needs_engine
